@@ -2,16 +2,17 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'TEK_PER_CM', 'LIPS', 'LARYNX', 'JAW', 'TONGUE', 'WALL', 'ALPHA_BETA', 'LINES', 'INCISOR', 'DENSE',
-           'VELUM_DROP', 'SpeakerShape', 'grid', 'articulate', 'sagittal', 'area_function', 'port_area', 'tract']
+           'VELUM_DROP', 'VELUM_RAISED', 'VELUM_LOWERED', 'SpeakerShape', 'grid', 'articulate', 'sagittal',
+           'area_function', 'port_area', 'openings', 'tract']
 
-# %% ../../nbs/30_speaker/31_articulators.ipynb #4b75ce9a
+# %% ../../nbs/30_speaker/31_articulators.ipynb #4eeabc3f
 import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
-from scipy.interpolate import CubicSpline
+from scipy.interpolate import BSpline, CubicSpline
 
 # %% ../../nbs/30_speaker/31_articulators.ipynb #c4a133ad
 PARAMETERS = ("jaw", "tongue_body", "tongue_shape", "tongue_tip", "lip_height", "lip_protrusion", "larynx", "velum")
@@ -160,7 +161,17 @@ def _lower_incisor(a, shape):
     rest = _fixed(shape)["upper"] + torch.tensor([shape.overjet_mm, -shape.bite_mm]) / 10 / shape.size
     return _jaw_turn(rest[None], a["jaw"], shape)[..., 0, :]
 
-# %% ../../nbs/30_speaker/31_articulators.ipynb #5b3826dd
+# %% ../../nbs/30_speaker/31_articulators.ipynb #3effcdea
+def _clear(points, shape):
+    "Distance (..., 1) of points from the backs of the upper incisors, the nearest point there, and the normal into the mouth."
+    c = _fixed(shape)
+    gum, edge = c["origin"][-1] + c["wall"][-1] * c["direction"][-1], c["upper"]
+    along = ((points - gum) * (edge - gum)).sum(-1, keepdim=True) / (edge - gum).square().sum()
+    near = gum + along.clamp(0, 1) * (edge - gum)
+    normal = torch.stack([-(edge - gum)[1], (edge - gum)[0]]) / (edge - gum).norm()
+    return ((points - edge) * normal).sum(-1, keepdim=True), near, normal
+
+# %% ../../nbs/30_speaker/31_articulators.ipynb #3606f7b6
 def _tip(a, tongue, shape):
     "Tongue tip (..., 2): what the root gives up lengthens it (constant volume); held by teeth and gums."
     c, low = _fixed(shape), _lower_incisor(a, shape)
@@ -168,20 +179,17 @@ def _tip(a, tongue, shape):
     ahead = torch.nn.functional.normalize(p[..., -1, :] - p[..., -3, :], dim=-1)
     root = (tongue - c["tongue"])[..., 3:10].mean(-1)
     tip = p[..., -1, :] + ahead * (0.35 - 0.5 * root).clamp(0.12, 0.9)[..., None]
-    gum, edge = c["origin"][-1] + c["wall"][-1] * c["direction"][-1], c["upper"]
-    normal = torch.stack([-(edge - gum)[1], (edge - gum)[0]])          # points into the mouth
-    normal = normal / normal.norm()
-    tip = tip - ((tip - edge) @ normal).clamp(max=0)[..., None] * normal
+    raised = ((0.35 - (a["wall"] - tongue)[..., -1:]) / 0.2).clamp(0, 1)     # 1: the tip is at the gum and bends along it
+    keep = 1.5 * _clear(p[..., -1, :], shape)[0].clamp(min=0) * raised
+    away, _, normal = _clear(tip, shape)
+    tip = tip + (keep - away).clamp(min=0) * normal
     reach = low[..., 0] + 0.14 - 0.6 * torch.sigmoid((tip[..., 1] - low[..., 1] - 0.1) / 0.05)
     return _xy(torch.maximum(tip[..., 0], reach), tip[..., 1])
 
-# %% ../../nbs/30_speaker/31_articulators.ipynb #9f3a9115
+# %% ../../nbs/30_speaker/31_articulators.ipynb #1a74ac96
 def _dental(a, tip, shape):
     "The line at the incisors: (outer, inner), each (..., 2); tongue tip or lower incisors, whichever leaves less room."
-    c, low = _fixed(shape), _lower_incisor(a, shape)
-    gum, edge = c["origin"][-1] + c["wall"][-1] * c["direction"][-1], c["upper"]
-    along = (((tip - gum) @ (edge - gum)) / (edge - gum).square().sum()).clamp(0, 1)[..., None]
-    near = gum + along * (edge - gum)
+    low, edge, near = _lower_incisor(a, shape), _fixed(shape)["upper"], _clear(tip, shape)[1]
     by_tip = torch.sigmoid(((low - edge).norm(dim=-1) - (tip - near).norm(dim=-1)) / 0.04)[..., None]
     return edge + by_tip * (near - edge), low + by_tip * (tip - low)
 
@@ -235,6 +243,18 @@ def port_area(velum, shape=SpeakerShape()):
     "Area of the nasal port in cm2: a gap of up to 7.5 mm, 1.2 cm wide."
     return 1.2 * shape.size * (0.75 * shape.size) * velum
 
+# %% ../../nbs/30_speaker/31_articulators.ipynb #89c801c1
+def openings(
+    params,                # (..., 8)
+    shape=SpeakerShape(),
+):                         # (..., 28) cm; negative = pressed into the wall by so much
+    "What is left open, not clipped: at grid lines 6..30, tongue tip to upper incisors, between the incisors, between the lips."
+    a = articulate(params, shape)
+    _, _, _, tip = _walls(a, shape)
+    near, low = _clear(tip, shape)[1], _lower_incisor(a, shape)
+    rest = [(tip - near).norm(dim=-1), (low - _fixed(shape)["upper"]).norm(dim=-1), a["height"]]
+    return shape.size * torch.cat([a["wall"] - a["tongue"], torch.stack(rest, -1)], -1)
+
 # %% ../../nbs/30_speaker/31_articulators.ipynb #194e77a1
 def _smooth(points, n):
     "A cubic spline through (..., k, 2) points, sampled at n."
@@ -253,36 +273,45 @@ def _closed(points, n):
     w = CubicSpline(np.arange(k + 1), np.vstack([np.eye(k), np.eye(k)[:1]]), bc_type="periodic")(np.linspace(0, k, n))
     return torch.as_tensor(w, dtype=points.dtype) @ points
 
-# %% ../../nbs/30_speaker/31_articulators.ipynb #f12f8960
+# %% ../../nbs/30_speaker/31_articulators.ipynb #36e94ebc
+def _hull(points, n):
+    "A cubic B-spline that starts and ends at the ends of (..., k, 2) points and rounds the corners between."
+    k = points.shape[-2]
+    knots = np.concatenate([[0] * 3, np.arange(k - 2), [k - 3] * 3])
+    w = BSpline.design_matrix(np.linspace(0, k - 3 - 1e-9, n), knots, 3).toarray()
+    return torch.as_tensor(w, dtype=points.dtype) @ points
+
+
 def _tongue_outline(a, tongue, tip, shape):
     "Root, dorsum, tip, underside, floor of the mouth, end at the jaw."
     c, low = _fixed(shape), _lower_incisor(a, shape)
     wall = a["wall"] @ c["dense"].T
     surface = torch.minimum((tongue @ c["dense"].T).clamp(min=0.25), wall)
-    recess = torch.as_tensor(0.5 * np.clip((9.2 - DENSE) / 1.2, 0, 1) ** 1.0, dtype=torch.float32)
+    recess = torch.as_tensor(0.5 * np.clip((9.2 - DENSE) / 1.2, 0, 1), dtype=torch.float32)
     top = c["d_origin"] + (surface - recess)[..., None] * c["d_direction"]
-    floor = _place(low, [[1.05, -1.15], [0.62, -1.25], [0.38, -0.85]])
-    last = top[..., -1:, :]
-    under = torch.stack([tip + torch.tensor([0.16, -0.2]), 0.5 * (tip + floor[..., 0, :]) + torch.tensor([0.1, -0.05])], -2)
-    rest = _smooth(torch.cat([last, tip[..., None, :], under, floor], -2), 40)
-    return torch.cat([top[..., 2:-1, :], rest], -2), surface, wall
+    bottom = torch.minimum(low[..., 1] - 1.15, tip[..., 1] - 0.5)
+    corner = _xy(torch.maximum(tip[..., 0] + 0.3, low[..., 0] + 0.85), bottom)
+    end = low + torch.tensor([0.38, -0.85])
+    floor = _xy(0.5 * (corner + end)[..., 0] + 0.05, bottom - 0.05)
+    points = [top[..., -1, :], 0.5 * (top[..., -1, :] + tip), tip, tip, tip + torch.tensor([0.14, -0.2]), corner, floor, end]
+    return torch.cat([top[..., 2:-1, :], _hull(torch.stack(points, -2), 40)], -2), surface, wall
 
-# %% ../../nbs/30_speaker/31_articulators.ipynb #aa243c17
+# %% ../../nbs/30_speaker/31_articulators.ipynb #5e5c40f5
+VELUM_RAISED = [[.7, 3.3], [1.3, 3.3], [2.0, 3.2], [2.7, 2.95], [3.25, 2.6], [3.58, 2.15], [3.64, 1.7], [3.55, 1.36]]
+VELUM_LOWERED = [[.7, 3.3], [1.2, 3.05], [1.7, 2.75], [2.2, 2.4], [2.6, 2.0], [2.85, 1.6], [3.0, 1.2], [2.95, .95]]
+
+
 def _velum_outline(a, wall, shape):
     "Soft palate: its oral side is the tract's wall; its nasal side touches the rear wall when raised."
-    c = _fixed(shape)
+    c, v = _fixed(shape), a["velum"][..., None, None]
     k = [i for i, s in enumerate(DENSE) if 15.75 <= s <= 21.01][::-1]
     oral = (c["d_origin"] + wall[..., None] * c["d_direction"])[..., k, :]
-    thick, v = shape.velum_thickness_mm / 10 / shape.size, a["velum"][..., None, None]
-    raised = torch.tensor([[.75, .0], [.95, .25], [1.05, .35], [1.0, .45], [.75, .55], [.4, .45], [.12, .25]])
-    hang = torch.tensor([[.75, .0], [.9, .15], [.95, .2], [.9, .3], [.7, .4], [.42, .35], [.15, .15]])
-    along = torch.linspace(0, oral.shape[-2] - 1, 7).long()
-    base = oral[..., along, :]
-    step = (1 - v) * raised + v * hang
-    t = torch.nn.functional.normalize(base[..., [1, 2, 3, 4, 5, 6, 6], :] - base[..., [0, 0, 1, 2, 3, 4, 5], :], dim=-1)
-    normal = torch.stack([-t[..., 1], t[..., 0]], -1)
-    nasal = base + thick * (step[..., :1] * 1.2 * normal + step[..., 1:] * t * 0.6)
-    return torch.cat([oral, _smooth(nasal, 24).flip(-2), oral[..., :1, :]], -2)
+    nasal = (1 - v) * torch.tensor(VELUM_RAISED) + v * torch.tensor(VELUM_LOWERED)
+    nasal[..., 1:5, 1] += (shape.velum_thickness_mm - 6) / 10 / shape.size
+    nasal[..., 0] += torch.linspace(0, 1, 8) * shape.pharynx_depth_mm / 10 / shape.size
+    hinge, end = oral[..., :1, :] + torch.tensor([0.05, 0.2]), oral[..., -1:, :]
+    back = _hull(torch.cat([oral[..., :1, :], hinge, nasal, end], -2), 30)
+    return torch.cat([oral, back.flip(-2)], -2)
 
 # %% ../../nbs/30_speaker/31_articulators.ipynb #1c4e0675
 def _lips(a, inner, outer, shape):
