@@ -14,9 +14,9 @@ import torch
 
 from .spiral import check_ktraj
 
-# %% ../../nbs/10_kspace/12_nufft.ipynb #551e3987
+# %% ../../nbs/10_kspace/12_nufft.ipynb #af620d4f
 def _waves(ktraj, im_size):
-    "exp(2 pi i k (n - n//2)) for the rows and the columns of the image: (M, ny) and (M, nx), complex128."
+    "exp(2 pi i k (n - n//2)) for the rows and the columns of a picture: (M, ny) and (M, nx), complex128."
     k = torch.as_tensor(ktraj).reshape(-1, 2).to(torch.float64)
     wave = lambda k, n: torch.exp(2j * torch.pi * k[:, None] * (torch.arange(n, device=k.device) - n // 2))
     return wave(k[:, 1], im_size[0]), wave(k[:, 0], im_size[1])
@@ -26,52 +26,54 @@ def exact_dft(
     image,  # (..., ny, nx)
     ktraj,  # (..., 2) cycles/pixel
 ):          # (..., *ktraj.shape[:-1]) complex128
-    "The sum itself, in float64: s(k) = 1/sqrt(ny nx) sum m[y,x] exp(-2 pi i (kx (x - nx//2) + ky (y - ny//2)))."
+    "The sum itself, in float64: the yardstick for everything faster."
     image = torch.as_tensor(image).to(torch.complex128)
-    rows, cols = _waves(ktraj, image.shape[-2:])
-    s = ((image @ cols.conj().T) * rows.conj().T).sum(-2)            # first along x, then along y
-    return s.reshape(*image.shape[:-2], *ktraj.shape[:-1]) / (image.shape[-2] * image.shape[-1]) ** 0.5
+    ny, nx = image.shape[-2:]
+    rows, cols = _waves(ktraj, (ny, nx))
+    s = ((image @ cols.conj().T) * rows.conj().T).sum(-2)            # along x, then along y
+    return s.reshape(*image.shape[:-2], *ktraj.shape[:-1]) / (ny * nx) ** 0.5
 
-
+# %% ../../nbs/10_kspace/12_nufft.ipynb #6aede0fb
 def exact_adjoint(
     kspace,   # (..., *ktraj.shape[:-1])
     ktraj,    # (..., 2) cycles/pixel
     im_size,  # (ny, nx)
 ):            # (..., ny, nx) complex128
-    "The exact adjoint of exact_dft, in float64: the conjugate waves, summed over the samples."
+    "The exact adjoint of exact_dft, in float64: each sample times its wave, all waves summed."
     rows, cols = _waves(ktraj, im_size)
     kspace = torch.as_tensor(kspace).to(torch.complex128)
     s = kspace.reshape(*kspace.shape[: kspace.ndim - (ktraj.ndim - 1)], 1, len(rows))
     return (s * rows.T) @ cols / (im_size[0] * im_size[1]) ** 0.5
 
-# %% ../../nbs/10_kspace/12_nufft.ipynb #dffec138
+# %% ../../nbs/10_kspace/12_nufft.ipynb #4676bd4c
 def kaiser_bessel(
-    x,      # distance from the sample, grid steps
-    width,  # full width of the kernel, grid steps
+    u,      # distance from the sample, grid steps
+    width,  # full width of the window, grid steps
     beta,   # shape
-):          # same shape as x
+):          # same shape as u
     "The Kaiser-Bessel window, zero beyond width/2 (Jackson et al. 1991)."
-    inside = np.clip(1 - (2 * x / width) ** 2, 0, None)
-    return np.i0(beta * np.sqrt(inside)) * (np.abs(x) <= width / 2)
+    inside = np.clip(1 - (2 * u / width) ** 2, 0, None)
+    return np.i0(beta * np.sqrt(inside)) * (np.abs(u) <= width / 2)
 
 
-def _kernel(n, oversampling, width):
-    "Grid length, shape parameter (Beatty et al. 2005, eq. 5) and the kernel's Fourier transform at the n pixels."
+def _window(n, oversampling, width):
+    "Grid length, shape (Beatty et al. 2005, eq. 5) and the window's Fourier transform at the n pixels."
     grid = scipy.fft.next_fast_len(max(int(np.ceil(oversampling * n)), width + 1))
-    beta = np.pi * np.sqrt((width / (grid / n)) ** 2 * (grid / n - 0.5) ** 2 - 0.8)
+    sigma = grid / n
+    beta = np.pi * np.sqrt((width / sigma) ** 2 * (sigma - 0.5) ** 2 - 0.8)
     arg = np.sqrt(beta**2 - (np.pi * width * (np.arange(n) - n // 2) / grid) ** 2 + 0j)
     return grid, beta, width * np.real(np.sinh(arg) / arg)
 
-
+# %% ../../nbs/10_kspace/12_nufft.ipynb #a6b150e5
 def gridding_matrix(
-    ktraj,              # (..., 2) cycles/pixel
-    im_size,            # (ny, nx)
-    oversampling=1.5,   # grid steps per k-space step
-    width=6,            # kernel width, grid steps
-):                      # scipy CSR (M, grid y * grid x), (grid y, grid x), (ny, nx) kernel transform
+    ktraj,             # (..., 2) cycles/pixel
+    im_size,           # (ny, nx)
+    oversampling=1.5,  # grid steps per k-space step
+    width=6,           # width of the window, grid steps
+):                     # scipy CSR (M, gy * gx); grid (gy, gx); the window's transform (ny, nx)
     "The interpolation from an oversampled Cartesian grid to the samples, as a sparse matrix."
     k = np.asarray(ktraj, dtype=np.float64).reshape(-1, 2)
-    (gy, by, ay), (gx, bx, ax) = (_kernel(n, oversampling, width) for n in im_size)
+    (gy, by, ty), (gx, bx, tx) = (_window(n, oversampling, width) for n in im_size)
     near, weight = [], []
     for u, g, beta in ((k[:, 1] * gy, gy, by), (k[:, 0] * gx, gx, bx)):
         j = np.ceil(u - width / 2).astype(np.int64)[:, None] + np.arange(width)
@@ -81,111 +83,119 @@ def gridding_matrix(
     val = (weight[0][:, :, None] * weight[1][:, None, :]).reshape(-1).astype(np.float32)
     row = np.repeat(np.arange(len(k)), width * width)
     matrix = scipy.sparse.coo_matrix((val, (row, col)), shape=(len(k), gy * gx)).tocsr()
-    return matrix, (gy, gx), ay[:, None] * ax[None, :]
+    return matrix, (gy, gx), ty[:, None] * tx[None, :]
 
-# %% ../../nbs/10_kspace/12_nufft.ipynb #e453aef5
+# %% ../../nbs/10_kspace/12_nufft.ipynb #06a4195f
 def _torch_csr(m, device):
     "A scipy matrix as a torch CSR tensor with 32-bit indices (the fast path on a CPU)."
     m = m.tocsr()
     m.sort_indices()
+    parts = [torch.from_numpy(a) for a in (m.indptr.astype(np.int32), m.indices.astype(np.int32), m.data)]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*Sparse.*beta.*")
-        return torch.sparse_csr_tensor(*(torch.from_numpy(a) for a in (m.indptr.astype(np.int32), m.indices.astype(np.int32), m.data)),
-                                       m.shape, device=device, check_invariants=False)
+        warnings.filterwarnings("ignore", message=".*[Ss]parse.*")       # torch calls its CSR support a beta
+        return torch.sparse_csr_tensor(*parts, m.shape, device=device)
+
+
+def _multiply(matrix, x):
+    "(batch, n) complex -> (batch, m) complex by a real (m, n) matrix."
+    flat = torch.view_as_real(x.T.contiguous()).reshape(x.shape[1], -1)
+    return torch.view_as_complex((matrix @ flat).reshape(-1, x.shape[0], 2)).T
+
+
+def _pad_fft(x, dim, g):
+    "Zero-pad one axis around the picture's centre to length g, and transform it."
+    n = x.shape[dim]
+    shape = list(x.shape)
+    shape[dim] = g - n
+    x = torch.cat([x.narrow(dim, n // 2, n - n // 2), x.new_zeros(shape), x.narrow(dim, 0, n // 2)], dim)
+    return torch.fft.fft(x, dim=dim)
+
+# %% ../../nbs/10_kspace/12_nufft.ipynb #b04fbe8f
+def _ifft_crop(x, dim, n):
+    "The adjoint of _pad_fft: transform back, keep the n pixels around the centre."
+    g = x.shape[dim]
+    x = torch.fft.ifft(x, dim=dim, norm="forward")
+    return torch.cat([x.narrow(dim, g - n // 2, n // 2), x.narrow(dim, 0, n - n // 2)], dim)
 
 
 class _Sparse:
-    "Our own: one sparse matrix for the interpolation, and an FFT of the oversampled grid."
-    chunk = 16  # images at a time: more spill the cache
+    "Our own: one sparse matrix for the interpolation, and FFTs of the oversampled grid."
+    chunk = 16  # pictures at a time: more spill the cache
 
-    def __init__(self, ktraj, im_size, device):
-        matrix, self.grid, transform = gridding_matrix(ktraj.cpu(), im_size)
+    def __init__(self, ktraj, im_size, device, oversampling=1.5, width=6):
+        matrix, self.grid, transform = gridding_matrix(ktraj.cpu(), im_size, oversampling, width)
         self.im_size, self.to_samples, self.to_grid = im_size, _torch_csr(matrix, device), _torch_csr(matrix.T, device)
-        scale = 1 / (transform * np.sqrt(im_size[0] * im_size[1]))
-        self.scale = torch.from_numpy(scale.astype(np.float32)).to(device)
+        self.scale = torch.from_numpy((1 / (transform * np.sqrt(transform.size))).astype(np.float32)).to(device)
 
-    def _multiply(self, matrix, x):          # (batch, n) complex -> (batch, m) complex, by a real matrix
-        flat = torch.view_as_real(x.T.contiguous()).reshape(x.shape[1], -1)
-        return torch.view_as_complex((matrix @ flat).reshape(-1, x.shape[0], 2)).T
+    def forward(self, x):                                            # (batch, ny, nx) -> (batch, M)
+        x = _pad_fft(_pad_fft(x * self.scale, -2, self.grid[0]), -1, self.grid[1])
+        return _multiply(self.to_samples, x.reshape(len(x), -1))
 
-    def forward(self, x):                    # (batch, ny, nx) -> (batch, M)
-        x = x * self.scale
-        for dim, n, g in ((-2, self.im_size[0], self.grid[0]), (-1, self.im_size[1], self.grid[1])):
-            pad = x.new_zeros([g - n if d == dim % x.ndim else s for d, s in enumerate(x.shape)])
-            x = torch.fft.fft(torch.cat([x.narrow(dim, n // 2, n - n // 2), pad, x.narrow(dim, 0, n // 2)], dim), dim=dim)
-        return self._multiply(self.to_samples, x.reshape(len(x), -1))
+    def adjoint(self, s):                                            # (batch, M) -> (batch, ny, nx)
+        x = _multiply(self.to_grid, s).reshape(len(s), *self.grid)
+        return _ifft_crop(_ifft_crop(x, -1, self.im_size[1]), -2, self.im_size[0]) * self.scale
 
-    def adjoint(self, s):                    # (batch, M) -> (batch, ny, nx)
-        x = self._multiply(self.to_grid, s).reshape(len(s), *self.grid)
-        for dim, n, g in ((-1, self.im_size[1], self.grid[1]), (-2, self.im_size[0], self.grid[0])):
-            x = torch.fft.ifft(x, dim=dim, norm="forward")
-            x = torch.cat([x.narrow(dim, g - n // 2, n // 2), x.narrow(dim, 0, n - n // 2)], dim)
-        return x * self.scale
-
-# %% ../../nbs/10_kspace/12_nufft.ipynb #35f6ef1f
+# %% ../../nbs/10_kspace/12_nufft.ipynb #c89c06df
 class _Torchkbnufft:
-    "torchkbnufft (Muckley et al. 2020): a table of the kernel, pure torch."
+    "torchkbnufft (Muckley et al. 2020): a table of the window, pure torch."
     chunk = 64
 
     def __init__(self, ktraj, im_size, device):
         import torchkbnufft
-        grid = [max(2 * n, 8) for n in im_size]
-        self.omega = (2 * torch.pi * ktraj.flip(-1).T).contiguous().to(device)      # radians/pixel, rows first
-        self.up = torchkbnufft.KbNufft(im_size=im_size, grid_size=grid, table_oversamp=2**12).to(device)
-        self.down = torchkbnufft.KbNufftAdjoint(im_size=im_size, grid_size=grid, table_oversamp=2**12).to(device)
-        self.scale = 1 / (im_size[0] * im_size[1]) ** 0.5       # its norm="ortho" would divide by the grid's size instead
+        size = dict(im_size=im_size, grid_size=[max(2 * n, 8) for n in im_size], table_oversamp=2**12)
+        self.omega = (2 * torch.pi * ktraj.flip(-1).T).contiguous().to(device)       # radians/pixel, rows first
+        self.down = torchkbnufft.KbNufft(**size).to(device)
+        self.up = torchkbnufft.KbNufftAdjoint(**size).to(device)
+        self.scale = 1 / (im_size[0] * im_size[1]) ** 0.5
 
     def forward(self, x):
-        return self.up(x[:, None], self.omega)[:, 0] * self.scale
+        return self.down(x[:, None], self.omega)[:, 0] * self.scale
 
     def adjoint(self, s):
-        return self.down(s[:, None], self.omega)[:, 0] * self.scale
+        return self.up(s[:, None], self.omega)[:, 0] * self.scale
 
-
+# %% ../../nbs/10_kspace/12_nufft.ipynb #26f1eafe
 class _Finufft:
     "FINUFFT (Barnett et al. 2019), through pytorch-finufft where that is installed."
     chunk = 64
 
     def __init__(self, ktraj, im_size, device):
-        self.im_size, self.scale = im_size, 1 / (im_size[0] * im_size[1]) ** 0.5
-        self.points = (2 * torch.pi * ktraj.flip(-1).T).contiguous().to(device)     # radians/pixel, rows first
-        self.options = dict(eps=1e-5)
-        if device.type == "cpu":
-            self.options["nthreads"] = torch.get_num_threads()
-        self.bridge = importlib.util.find_spec("pytorch_finufft") is not None
+        self.im_size, self.scale = tuple(im_size), 1 / (im_size[0] * im_size[1]) ** 0.5
+        self.points = (2 * torch.pi * ktraj.flip(-1).T).contiguous().to(device)      # radians/pixel, rows first
+        self.options = dict(eps=1e-5, modeord=0) | ({"nthreads": torch.get_num_threads()} if device.type == "cpu" else {})
+        if importlib.util.find_spec("pytorch_finufft"):
+            from pytorch_finufft.functional import finufft_type1, finufft_type2
+            self.down = lambda x: finufft_type2(self.points, x, isign=-1, **self.options)
+            self.up = lambda s: finufft_type1(self.points, s, self.im_size, isign=1, **self.options)
+        else:
+            import finufft
+            y, x = self.points.cpu().numpy()
+            self.down = lambda m: torch.from_numpy(finufft.nufft2d2(y, x, m.numpy(), isign=-1, **self.options))
+            self.up = lambda s: torch.from_numpy(finufft.nufft2d1(y, x, s.numpy(), self.im_size, isign=1, **self.options))
 
     def forward(self, x):
-        if self.bridge:
-            from pytorch_finufft.functional import finufft_type2
-            return finufft_type2(self.points, x, isign=-1, modeord=0, **self.options) * self.scale
-        import finufft
-        s = finufft.nufft2d2(*self.points.numpy(), x.numpy(), isign=-1, **self.options)
-        return torch.from_numpy(s).reshape(len(x), -1) * self.scale
+        return self.down(x.contiguous()).reshape(len(x), -1) * self.scale
 
     def adjoint(self, s):
-        if self.bridge:
-            from pytorch_finufft.functional import finufft_type1
-            return finufft_type1(self.points, s, tuple(self.im_size), isign=1, modeord=0, **self.options) * self.scale
-        import finufft
-        x = finufft.nufft2d1(*self.points.numpy(), s.numpy(), tuple(self.im_size), isign=1, **self.options)
-        return torch.from_numpy(x).reshape(len(s), *self.im_size) * self.scale
+        return self.up(s.contiguous()).reshape(len(s), *self.im_size) * self.scale
 
-# %% ../../nbs/10_kspace/12_nufft.ipynb #72387ab2
+# %% ../../nbs/10_kspace/12_nufft.ipynb #3f184607
 class _Apply(torch.autograd.Function):
-    "A linear map whose gradient is its adjoint, and the other way round."
+    "A linear map whose gradient is its adjoint, and the other way round, to any order."
 
     @staticmethod
     def forward(ctx, x, there, back):
         ctx.maps = there, back
-        return there(x)
+        return there(x.resolve_conj().resolve_neg())
 
     @staticmethod
     def backward(ctx, grad):
         there, back = ctx.maps
         return _Apply.apply(grad, back, there), None, None
 
-# %% ../../nbs/10_kspace/12_nufft.ipynb #140b210d
-_BACKENDS = {"sparse": (_Sparse, "torch", ""),                       # fastest first: "auto" takes the first that is there
+# %% ../../nbs/10_kspace/12_nufft.ipynb #027e240c
+# name: (class, the module it needs, how to get that), fastest first: "auto" takes the first that is there
+_BACKENDS = {"sparse": (_Sparse, "torch", "pip install torch"),
              "finufft": (_Finufft, "finufft", "pip install 'sirem-nb[fast]'"),
              "torchkbnufft": (_Torchkbnufft, "torchkbnufft", "pip install torchkbnufft")}
 
@@ -194,9 +204,30 @@ def backends():
     "The names that Nufft(backend=...) accepts here, fastest first."
     return tuple(name for name, (_, module, _) in _BACKENDS.items() if importlib.util.find_spec(module))
 
+# %% ../../nbs/10_kspace/12_nufft.ipynb #bac1d038
+def _make_backend(name, ktraj, im_size, device):
+    "The operator behind a backend's name, or one line that says what is missing."
+    if name not in _BACKENDS:
+        raise ValueError(f"no NUFFT backend '{name}': choose one of {('auto', *_BACKENDS)}")
+    kind, module, remedy = _BACKENDS[name]
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"the NUFFT backend '{name}' needs the package {module}, which is not installed: {remedy}, or use backend='auto'")
+    return kind(ktraj.reshape(-1, 2), im_size, device)
 
+
+def _batched(x, shape_in, shape_out, flat_in, op, there, back):
+    "Apply a map of (batch, *flat_in) to x (..., *shape_in), in pieces."
+    x = torch.as_tensor(x)
+    if tuple(x.shape[max(0, x.ndim - len(shape_in)):]) != shape_in:
+        raise ValueError(f"this operator takes arrays (..., {', '.join(map(str, shape_in))}), found {tuple(x.shape)}")
+    batch = x.shape[: x.ndim - len(shape_in)]
+    flat = x.to(op.device, torch.complex64).reshape(-1, *flat_in)
+    out = [_Apply.apply(piece, there, back) for piece in flat.split(op.chunk)] if len(flat) else [flat.new_zeros(0, *shape_out)]
+    return (out[0] if len(out) == 1 else torch.cat(out)).reshape(*batch, *shape_out)
+
+# %% ../../nbs/10_kspace/12_nufft.ipynb #c129c2fd
 class Nufft:
-    "The non-uniform Fourier transform of images, orthonormal over the image grid, and its exact adjoint."
+    "The non-uniform Fourier transform of pictures, orthonormal over the picture's grid, and its exact adjoint."
 
     def __init__(
         self,
@@ -205,48 +236,20 @@ class Nufft:
         backend="auto",  # "sparse", "finufft", "torchkbnufft", or "auto": the fastest that is installed
         device=None,     # default: where ktraj is
     ):
-        self.ktraj = check_ktraj(ktraj)
-        self.im_size = tuple(int(n) for n in im_size)
+        self.ktraj, self.im_size = check_ktraj(ktraj), tuple(int(n) for n in im_size)
         if len(self.im_size) != 2 or min(self.im_size) < 1:
             raise ValueError(f"im_size is (ny, nx) in pixels, found {tuple(im_size)}")
-        self.device = torch.device(device or self.ktraj.device)
-        self.backend = backends()[0] if backend == "auto" else backend
-        if self.backend not in _BACKENDS:
-            raise ValueError(f"no NUFFT backend '{backend}': choose one of {('auto', *_BACKENDS)}")
-        kind, module, remedy = _BACKENDS[self.backend]
-        if importlib.util.find_spec(module) is None:
-            raise ValueError(f"the NUFFT backend '{backend}' needs the package {module}: {remedy}")
-        self.samples = tuple(self.ktraj.shape[:-1])
-        self._op = kind(self.ktraj.reshape(-1, 2), self.im_size, self.device)
+        self.samples, self.n_points = tuple(self.ktraj.shape[:-1]), self.ktraj[..., 0].numel()
+        self.device, self.backend = torch.device(device or self.ktraj.device), backends()[0] if backend == "auto" else backend
+        self._op = _make_backend(self.backend, self.ktraj, self.im_size, self.device)
+        self.chunk = self._op.chunk
 
-    def _run(self, x, shape_in, shape_out, there, back):
-        x = torch.as_tensor(x)
-        if tuple(x.shape[x.ndim - len(shape_in):]) != shape_in or x.ndim < len(shape_in):
-            raise ValueError(f"found an array {tuple(x.shape)}, this operator takes (..., {', '.join(map(str, shape_in))})")
-        batch = x.shape[: x.ndim - len(shape_in)]
-        flat = x.to(self.device, torch.complex64).reshape(-1, *([self.n_points] if shape_in == self.samples else shape_in))
-        if not len(flat):
-            return flat.new_zeros(*batch, *shape_out)
-        out = [_Apply.apply(c, there, back) for c in flat.resolve_conj().split(self._op.chunk)]
-        return (out[0] if len(out) == 1 else torch.cat(out)).reshape(*batch, *shape_out)
-
-    @property
-    def n_points(self):
-        "How many k-space samples the trajectory has."
-        return self.ktraj[..., 0].numel()
-
-    def forward(
-        self,
-        image,   # (..., ny, nx)
-    ):           # (..., *ktraj.shape[:-1]) complex64
-        "What the scanner measures of an image."
-        return self._run(image, self.im_size, self.samples, self._op.forward, self._op.adjoint)
+    def forward(self, image):
+        "What the scanner measures of a picture: (..., ny, nx) -> (..., *ktraj.shape[:-1]) complex64."
+        return _batched(image, self.im_size, self.samples, self.im_size, self, self._op.forward, self._op.adjoint)
 
     __call__ = forward
 
-    def adjoint(
-        self,
-        kspace,  # (..., *ktraj.shape[:-1])
-    ):           # (..., ny, nx) complex64
-        "Each sample back to the wave it came from, all waves summed (no density weights)."
-        return self._run(kspace, self.samples, self.im_size, self._op.adjoint, self._op.forward)
+    def adjoint(self, kspace):
+        "Each sample back to its wave, all waves summed, no weights: (..., *ktraj.shape[:-1]) -> (..., ny, nx) complex64."
+        return _batched(kspace, self.samples, self.im_size, (self.n_points,), self, self._op.adjoint, self._op.forward)
