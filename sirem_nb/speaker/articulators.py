@@ -243,14 +243,14 @@ def port_area(velum, shape=SpeakerShape()):
     "Area of the nasal port in cm2: a gap of up to 7.5 mm, 1.2 cm wide."
     return 1.2 * shape.size * (0.75 * shape.size) * velum
 
-# %% ../../nbs/30_speaker/31_articulators.ipynb #89c801c1
+# %% ../../nbs/30_speaker/31_articulators.ipynb #e07aa354
 def openings(
     params,                # (..., 8)
     shape=SpeakerShape(),
 ):                         # (..., 28) cm; negative = pressed into the wall by so much
     "What is left open, not clipped: at grid lines 6..30, tongue tip to upper incisors, between the incisors, between the lips."
     a = articulate(params, shape)
-    _, _, _, tip = _walls(a, shape)
+    tip = _tip(a, torch.minimum(a["tongue"].clamp(min=0.3), a["wall"]), shape)
     near, low = _clear(tip, shape)[1], _lower_incisor(a, shape)
     rest = [(tip - near).norm(dim=-1), (low - _fixed(shape)["upper"]).norm(dim=-1), a["height"]]
     return shape.size * torch.cat([a["wall"] - a["tongue"], torch.stack(rest, -1)], -1)
