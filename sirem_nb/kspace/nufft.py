@@ -204,7 +204,15 @@ def backends():
     "The names that Nufft(backend=...) accepts here, fastest first."
     return tuple(name for name, (_, module, _) in _BACKENDS.items() if importlib.util.find_spec(module))
 
-# %% ../../nbs/10_kspace/12_nufft.ipynb #bac1d038
+# %% ../../nbs/10_kspace/12_nufft.ipynb #e5775902
+def _check_size(im_size):
+    "A picture's size as two positive ints."
+    size = tuple(int(n) for n in im_size)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"im_size is (ny, nx) in pixels, found {size}")
+    return size
+
+
 def _make_backend(name, ktraj, im_size, device):
     "The operator behind a backend's name, or one line that says what is missing."
     if name not in _BACKENDS:
@@ -214,7 +222,7 @@ def _make_backend(name, ktraj, im_size, device):
         raise ValueError(f"the NUFFT backend '{name}' needs the package {module}, which is not installed: {remedy}, or use backend='auto'")
     return kind(ktraj.reshape(-1, 2), im_size, device)
 
-
+# %% ../../nbs/10_kspace/12_nufft.ipynb #0204ff92
 def _batched(x, shape_in, shape_out, flat_in, op, there, back):
     "Apply a map of (batch, *flat_in) to x (..., *shape_in), in pieces."
     x = torch.as_tensor(x)
@@ -222,10 +230,10 @@ def _batched(x, shape_in, shape_out, flat_in, op, there, back):
         raise ValueError(f"this operator takes arrays (..., {', '.join(map(str, shape_in))}), found {tuple(x.shape)}")
     batch = x.shape[: x.ndim - len(shape_in)]
     flat = x.to(op.device, torch.complex64).reshape(-1, *flat_in)
-    out = [_Apply.apply(piece, there, back) for piece in flat.split(op.chunk)] if len(flat) else [flat.new_zeros(0, *shape_out)]
+    out = [_Apply.apply(piece, there, back) for piece in flat.split(op._op.chunk)] if len(flat) else [flat.new_zeros(0, *shape_out)]
     return (out[0] if len(out) == 1 else torch.cat(out)).reshape(*batch, *shape_out)
 
-# %% ../../nbs/10_kspace/12_nufft.ipynb #c129c2fd
+# %% ../../nbs/10_kspace/12_nufft.ipynb #4c407104
 class Nufft:
     "The non-uniform Fourier transform of pictures, orthonormal over the picture's grid, and its exact adjoint."
 
@@ -233,21 +241,17 @@ class Nufft:
         self,
         ktraj,           # (..., 2) cycles/pixel: kx, ky
         im_size,         # (ny, nx)
-        backend="auto",  # "sparse", "finufft", "torchkbnufft", or "auto": the fastest that is installed
+        backend="auto",  # one of backends(), or "auto": the fastest that is installed
         device=None,     # default: where ktraj is
     ):
-        self.ktraj, self.im_size = check_ktraj(ktraj), tuple(int(n) for n in im_size)
-        if len(self.im_size) != 2 or min(self.im_size) < 1:
-            raise ValueError(f"im_size is (ny, nx) in pixels, found {tuple(im_size)}")
+        self.ktraj, self.im_size = check_ktraj(ktraj), _check_size(im_size)
         self.samples, self.n_points = tuple(self.ktraj.shape[:-1]), self.ktraj[..., 0].numel()
         self.device, self.backend = torch.device(device or self.ktraj.device), backends()[0] if backend == "auto" else backend
         self._op = _make_backend(self.backend, self.ktraj, self.im_size, self.device)
-        self.chunk = self._op.chunk
 
     def forward(self, image):
         "What the scanner measures of a picture: (..., ny, nx) -> (..., *ktraj.shape[:-1]) complex64."
         return _batched(image, self.im_size, self.samples, self.im_size, self, self._op.forward, self._op.adjoint)
-
     __call__ = forward
 
     def adjoint(self, kspace):
