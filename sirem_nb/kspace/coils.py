@@ -7,7 +7,7 @@ __all__ = ['rss', 'combine', 'local_covariance', 'walsh_smaps']
 import torch
 import torch.nn.functional as F
 
-# %% ../../nbs/10_kspace/14_coils.ipynb #3a3cb5c0
+# %% ../../nbs/10_kspace/14_coils.ipynb #b4120b7e
 def rss(
     coil_images,  # (..., coil, y, x)
 ):                # (..., y, x) float32
@@ -19,40 +19,37 @@ def combine(
     coil_images,  # (..., coil, y, x)
     smaps,        # (coil, y, x), with sum over the coils of |S|^2 = 1
 ):                # (..., y, x) complex
-    "Each coil turned back by its own map and added: sum_c conj(S_c) x_c (Roemer et al. 1990)."
+    "Each coil turned back by its own map, and added: sum_c conj(S_c) x_c (Roemer et al. 1990)."
     return (coil_images * smaps.conj()).sum(-3)
 
-# %% ../../nbs/10_kspace/14_coils.ipynb #a554d0e9
+# %% ../../nbs/10_kspace/14_coils.ipynb #5dbcd028
 def local_covariance(
     coil_images,  # (coil, y, x) complex
     window=7,     # side of the neighbourhood, pixels (odd)
-):                # (y, x, coil, coil) complex
-    "R[a, b] = sum over the neighbourhood of x_a conj(x_b)."
+):                # (coil, coil, y, x) complex
+    "R[a, b] = mean over the neighbourhood of x_a conj(x_b)."
     c, ny, nx = coil_images.shape
     products = (coil_images[:, None] * coil_images[None].conj()).reshape(c * c, ny, nx)
     flat = torch.view_as_real(products.resolve_conj()).permute(0, 3, 1, 2).reshape(1, -1, ny, nx)
-    for size in ((window, 1), (1, window)):                  # a box, one direction after the other
+    for size in ((window, 1), (1, window)):                      # a box, one direction after the other
         flat = F.avg_pool2d(flat, size, 1, (size[0] // 2, size[1] // 2), count_include_pad=False)
-    flat = flat.reshape(c, c, 2, ny, nx).permute(3, 4, 0, 1, 2).contiguous()
-    return torch.view_as_complex(flat)
+    return torch.complex(*flat.reshape(c, c, 2, ny, nx).unbind(2))
 
-# %% ../../nbs/10_kspace/14_coils.ipynb #955d9088
+# %% ../../nbs/10_kspace/14_coils.ipynb #0db14c6f
 def walsh_smaps(
     coil_images,  # (coil, y, x) complex
     window=7,     # side of the neighbourhood, pixels (odd)
     n_iter=16,    # power iterations
 ):                # (coil, y, x) complex64, sum over the coils of |S|^2 = 1
-    "Sensitivity maps: in every pixel the strongest eigenvector of the coils' local covariance (Walsh et al. 2000)."
+    "Coil maps: in every pixel the strongest eigenvector of the coils' local covariance (Walsh et al. 2000)."
+    if coil_images.ndim != 3 or window % 2 == 0:
+        raise ValueError(f"walsh_smaps takes (coil, y, x) and an odd window, found {tuple(coil_images.shape)} and {window}")
     x = coil_images.to(torch.complex64)
-    x = x / x.abs().max().clamp_min(1e-30)
-    cov = local_covariance(x, window)
-    everywhere = torch.linalg.eigh(cov.mean((0, 1)))[1][:, -1]       # the strongest pattern of the whole picture
-    v = cov @ everywhere
+    cov = local_covariance(x / x.abs().max().clamp_min(1e-30), window)
+    everywhere = torch.linalg.eigh(cov.mean((2, 3)))[1][:, -1, None, None]   # the strongest direction of the whole picture
+    v = everywhere.expand_as(x)
     for _ in range(n_iter):
-        v = v / v.norm(dim=-1, keepdim=True).clamp_min(1e-30)
-        v = (cov @ v[..., None])[..., 0]
-    nothing = v.norm(dim=-1, keepdim=True) < 1e-20                   # no signal at all: any unit vector will do
-    v = torch.where(nothing, everywhere.expand_as(v), v)
-    v = v / v.norm(dim=-1, keepdim=True)
-    phase = (v * everywhere.conj()).sum(-1, keepdim=True)            # an eigenvector has no phase of its own: tie it to one
-    return (v * torch.exp(-1j * phase.angle())).permute(2, 0, 1).contiguous()
+        v = (cov * v).sum(1)
+        v = v / v.norm(dim=0).clamp_min(1e-30)
+    v = torch.where(v.norm(dim=0) > 0.5, v, everywhere)                      # no signal at all: any direction will do
+    return v * torch.exp(-1j * (v * everywhere.conj()).sum(0).angle())
