@@ -28,7 +28,7 @@ def toy_arms(
     one = [Nufft(k, im_size).adjoint(d * s) for k, d, s in zip(ktraj, dcf, kspace.unbind(1))]
     return torch.stack(one, 1)
 
-# %% ../../nbs/60_fusion/62_arm_profile.ipynb #4354775a
+# %% ../../nbs/60_fusion/62_arm_profile.ipynb #4efbb626
 def normalise01(
     x,  # (..., y, x) real
 ):      # (..., y, x) in [0, 1]; a picture without any contrast becomes all 0
@@ -43,8 +43,8 @@ def weighted_sum(
     p,     # (arm,) or (..., arm) weights
 ):         # (..., y, x) complex
     "Sum of the arm pictures, each times its weight (Hasan et al. 2026, eqs. 12 and 13)."
-    p = p.to(arms.dtype).expand(*arms.shape[:-2])
-    return (p.unsqueeze(-2) @ arms.flatten(-2)).squeeze(-2).unflatten(-1, arms.shape[-2:])
+    p, flat = p.expand(*arms.shape[:-2]), torch.view_as_real(arms).flatten(-3)   # real and imaginary parts side by side: p is real
+    return torch.view_as_complex((p.unsqueeze(-2) @ flat).squeeze(-2).unflatten(-1, (*arms.shape[-2:], 2)))
 
 
 def measured_image(

@@ -84,14 +84,15 @@ def acquisition_pictures(
         into[int(n[0]):int(n[-1]) + 1] = acq_images(scan.kspace[n], scan.arm[n], scan.ktraj, dcf, smaps, scan.im_size, backend).numpy()
     return into
 
-# %% ../../nbs/60_fusion/65_sirem.ipynb #de5fc48f
+# %% ../../nbs/60_fusion/65_sirem.ipynb #0b2c57b5
 def group_arms(
-    scan,            # a Scan
+    arm,             # (acq,) int: which arm each acquisition played
+    tr_s,            # from one acquisition to the next, s
     arms_per_frame,  # arms that make a frame
 ):                   # acquisitions (frame, arm), arm_index (frame, arm), centre_s (frame,)
     "Which acquisitions make each frame, which arms of the protocol they are, and the middle of the frame's time."
-    groups = frame_groups(scan.n_acq, scan.arm, arms_per_frame)
-    return groups, scan.arm[groups], (groups.double().mean(1) + 0.5) * scan.tr_s
+    groups = frame_groups(len(arm), arm, arms_per_frame)
+    return groups, arm[groups], (groups.double().mean(1) + 0.5) * tr_s
 
 # %% ../../nbs/60_fusion/65_sirem.ipynb #6b614b16
 def load_sirem(
@@ -102,7 +103,7 @@ def load_sirem(
     best = Path(folder) / "best"
     return Sirem.from_pretrained(best if (best / "model.safetensors").exists() else folder, device)
 
-# %% ../../nbs/60_fusion/65_sirem.ipynb #1e830a14
+# %% ../../nbs/60_fusion/65_sirem.ipynb #4b2f11e2
 @torch.no_grad()
 def reconstruct(
     scan,          # a Scan
@@ -119,7 +120,7 @@ def reconstruct(
     if tuple(scan.im_size) != tuple(c.im_size): raise ValueError(f"the scan's matrix is {tuple(scan.im_size)}, the checkpoint's {tuple(c.im_size)}: train on scans of this matrix")
     if wave is None: raise ValueError("no sound for this scan, SIREM needs it: give the wav file, or use gridding")
     encoder = encoder or load_encoder(c.encoder)
-    groups, arm_index, centre_s = group_arms(scan, c.arms_per_frame)
+    groups, arm_index, centre_s = group_arms(scan.arm, scan.tr_s, c.arms_per_frame)
     features = pooled_features(wave, rate, centre_s, encoder, c.delta_s, c.mode, offset_s)
     pictures, device = acquisition_pictures(scan), model.map.device
     model, frames = model.eval(), []
