@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['RHO', 'C', 'MU', 'HEAT', 'SHAPE', 'WALL_R', 'WALL_M', 'WALL_K', 'MIN_AREA', 'NASAL_CM2', 'NASAL_CM', 'SINUS_AT',
-           'SINUS_L', 'SINUS_R', 'SINUS_C', 'FRICTION', 'HEATING', 'REYNOLDS', 'TEETH_CM', 'NOISE', 'HISS', 'LEVEL',
-           'SKIN', 'line', 'radiation', 'walk', 'nose', 'port_section', 'transfer_function', 'resonances', 'formants',
-           'Voice', 'glottal_area', 'flows', 'synthesise', 'lpc_formants']
+           'SINUS_L', 'SINUS_R', 'SINUS_C', 'FRICTION', 'HEATING', 'REYNOLDS', 'TEETH_CM', 'FASTEST', 'NOISE', 'HISS',
+           'LEVEL', 'SKIN', 'line', 'radiation', 'walk', 'nose', 'port_section', 'transfer_function', 'resonances',
+           'formants', 'Voice', 'glottal_area', 'flows', 'synthesise', 'lpc_formants']
 
 # %% ../../nbs/30_speaker/32_acoustics.ipynb #873dd4ff
 import math
@@ -119,8 +119,8 @@ def _system(area, length, s, port=None, port_at=0.5, glottis_cm2=0.0, losses=Tru
         u = u + p / (drag + s * RHO * 0.3 / glottis_cm2)
     return u, lips, nostrils
 
-# %% ../../nbs/30_speaker/32_acoustics.ipynb #7aeca815
-def _tubes(area_cm2, length_cm):
+# %% ../../nbs/30_speaker/32_acoustics.ipynb #8bff2147
+def _tubes(area_cm2, length_cm):   # -> two float64 tensors of one shape
     area, length = (torch.as_tensor(x).to(torch.float64) for x in (area_cm2, length_cm))
     if not bool(((area >= 0) & area.isfinite()).all() and ((length > 0) & length.isfinite()).all()):
         raise ValueError("an area below 0, a length of 0 or less, or NaN in the area function; expected cm2 >= 0 and cm > 0")
@@ -128,15 +128,12 @@ def _tubes(area_cm2, length_cm):
         raise ValueError(f"{area.shape[-1]} areas but {length.shape[-1]} lengths; expected one length for each section")
     return torch.broadcast_tensors(area, length)
 
-# %% ../../nbs/30_speaker/32_acoustics.ipynb #861ed315
+
 def transfer_function(
     area_cm2,         # (..., section) glottis to lips; 0 = closed
     length_cm,        # (..., section)
     freq_hz,          # (freq,)
-    port_cm2=0.0,     # (...,) or number: opening to the nose
-    port_at=0.5,      # where the port is, as a share of the way from glottis to lips
-    glottis_cm2=0.0,  # mean opening of the glottis: 0 = a hard end
-    losses=True,      # False: hard, smooth walls
+    port_cm2=0.0, port_at=0.5, glottis_cm2=0.0, losses=True,   # as in `resonances`
 ):                    # (..., freq) complex128
     "Flow out of lips and nostrils over flow in at the glottis, by chain matrices (Sondhi & Schroeter 1987)."
     (area, length), port = _tubes(area_cm2, length_cm), torch.as_tensor(port_cm2, dtype=torch.float64)
@@ -160,16 +157,16 @@ def _poles(area, length, n, *rest):
         s = s - step * (300 / step.abs().clamp(min=300))
     return torch.stack([s.imag / (2 * math.pi), -s.real / math.pi])
 
-# %% ../../nbs/30_speaker/32_acoustics.ipynb #53b844d0
+# %% ../../nbs/30_speaker/32_acoustics.ipynb #fbc43beb
 @torch.no_grad()
 def resonances(
     area_cm2,         # (..., section)
     length_cm,        # (..., section)
     n=4,              # how many, from the lowest
     port_cm2=0.0,     # (...,) or number
-    port_at=0.5,
-    glottis_cm2=0.0,  # 0 = a hard end
-    losses=True,
+    port_at=0.5,      # where the port is, as a share of the way from glottis to lips
+    glottis_cm2=0.0,  # mean opening of the glottis; 0 = a hard end
+    losses=True,      # False: hard, smooth walls
 ):                    # (..., n) Hz and (..., n) Hz: frequencies, bandwidths; NaN where there are fewer below 7 kHz
     "Poles of the transfer function: a start from the phase, then Newton in the complex plane."
     area, length = _tubes(area_cm2, length_cm)
@@ -187,16 +184,16 @@ def formants(area_cm2, length_cm, n=4, port_cm2=0.0, port_at=0.5):   # -> (..., 
     "Formant frequencies: the lowest resonances of the tract."
     return resonances(area_cm2, length_cm, n, port_cm2, port_at)[0]
 
-# %% ../../nbs/30_speaker/32_acoustics.ipynb #57324e63
+# %% ../../nbs/30_speaker/32_acoustics.ipynb #e6783799
 FRICTION = math.sqrt(RHO * MU * math.pi * 1000.0)                          # g/(cm2 s): rubbing at 1 kHz
 HEATING = 0.4 / (RHO * C**2) * math.sqrt(HEAT / RHO * math.pi * 1000.0)
 
 
 @njit(cache=True)
 def _tube(n):
-    "Working arrays of a chain of n sections: area, length, z (4, n), state (6, n + 1), b, s, push, d, r."
+    "Working arrays of a chain of n sections: area, length, z (4, n), state (7, n + 1), b, s, push, d, r."
     v = np.zeros((7, n + 1))
-    return v[0, :n], v[1, :n], np.zeros((4, n)), np.zeros((6, n + 1)), v[2], v[3], v[4], v[5, :n], v[6, :n]
+    return v[0, :n], v[1, :n], np.zeros((4, n)), np.zeros((7, n + 1)), v[2], v[3], v[4], v[5, :n], v[6, :n]
 
 
 @njit(cache=True)
@@ -210,7 +207,7 @@ def _air(tube, rate):
         z[1, i] = (FRICTION * z[3, i] + 8 * math.pi * MU * x[i]) * inv * inv
         z[2, i] = 2 * rate * a[i] * x[i] / (RHO * C**2)
 
-# %% ../../nbs/30_speaker/32_acoustics.ipynb #143be8c9
+# %% ../../nbs/30_speaker/32_acoustics.ipynb #28629809
 @njit(cache=True)
 def _branches(tube, rate, two):
     "Conductance b and drive s of every branch but the first; the last one includes the air outside (two: as two openings)."
@@ -222,6 +219,7 @@ def _branches(tube, rate, two):
         jet = 0.5 * RHO * abs(st[1, i]) * max(0.0, 1.0 / a[i - 1] ** 2 - 2 * half / a[j] ** 2)
         mass = 0.5 * z[0, i - 1] + half * z[0, j]
         b[i] = 1.0 / (mass + 0.5 * z[1, i - 1] + half * z[1, j] + jet)
+        st[1, i], st[6, i] = st[1, i] * st[6, i] / mass, mass      # what stays when the tube narrows is the air's speed
         s[i] = mass * st[1, i] + push[i]
     out_m = 8 * RHO / (3 * math.pi * math.sqrt(math.pi * a[n - 1])) / math.sqrt(two)
     y = 9 * math.pi**2 * a[n - 1] / (128 * RHO * C) + 1.0 / (2 * rate * out_m)
@@ -297,20 +295,22 @@ def glottal_area(
     pulse = np.where(phase < up, rise, np.where(phase < up + down, fall, 0.0))
     return voicing * (voice.gap_cm2 * (1 + voice.shimmer * wobble[1, cycle]) * pulse + voice.breathiness)
 
-# %% ../../nbs/30_speaker/32_acoustics.ipynb #e5be7584
+# %% ../../nbs/30_speaker/32_acoustics.ipynb #d4e75d09
 @njit(cache=True)
 def _glottis(tube, gap, lungs, rate):
     "Flow through the glottis: lungs against tract with friction, mass and the jet's loss (a quadratic equation)."
-    gap, d, r, before = max(gap, 1e-5), tube[7][0], tube[8][0], tube[3][1, 0]
+    gap, d, r, st = max(gap, 1e-5), tube[7][0], tube[8][0], tube[3]
     mass = 2 * rate * RHO * 0.3 / gap                     # folds 0.3 cm thick, 1.2 cm long
+    st[1, 0], st[6, 0] = st[1, 0] * st[6, 0] / mass, mass
     a = 0.5 * RHO / gap**2
     b = mass + 12 * MU * 0.3 * 1.44 / gap**3 + 1.0 / d
-    c = lungs + mass * before - r / d
+    c = lungs + mass * st[1, 0] - r / d
     return math.copysign(2 * abs(c) / (b + math.sqrt(b * b + 4 * a * abs(c))), c)
 
-# %% ../../nbs/30_speaker/32_acoustics.ipynb #b249c2b1
+# %% ../../nbs/30_speaker/32_acoustics.ipynb #fdc5fa6a
 REYNOLDS, TEETH_CM = 1800.0, 0.8   # where a jet turns rough; the upper teeth's distance from the lips' outer edge
-NOISE, HISS = 2.0e-8, 1.2e-9       # pressure of turbulence in the tract and above the glottis, per unit of Re^2 (set by ear and by level, see below)
+FASTEST = 4500.0                   # cm/s: no jet is faster than the lungs' pressure makes it (12 cm of water)
+NOISE, HISS = 8e-11, 6e-12         # strength of turbulence in the tract and above the glottis (set by level: see the limits below)
 
 
 @njit(cache=True)
@@ -320,16 +320,17 @@ def _noise(tube, white, t, rate, gain, teeth):
     n, keep = a.size, math.exp(-2 * math.pi * 500.0 / rate)
     push[:] = 0.0
     for i in range(1, n + 1):
-        st[5, i] = keep * st[5, i] + (1 - keep) * st[1, i]
+        v = min(FASTEST, max(0.0, st[1, i]) / a[i - 1])
+        rough = max(0.0, 1.0 - REYNOLDS**2 / (4 / math.pi * (v * RHO / MU) ** 2 * a[i - 1] + 1e-9))
+        st[5, i] = keep * st[5, i] + (1 - keep) * rough * v**3 * math.sqrt(a[i - 1])
         wide = 1.0 - (a[i - 1] / a[i]) ** 2 if i < n else 1.0
-        excess = 4 / math.pi * (st[5, i] * RHO / MU) ** 2 / a[i - 1] - REYNOLDS**2
-        if wide > 0 and excess > 0:
-            e = gain * excess * math.sqrt(wide) * white[(t + 7919 * i) % white.size]
+        if wide > 0 and st[5, i] > 0:
+            e = gain * st[5, i] * math.sqrt(wide) * white[(t + 7919 * i) % white.size]
             push[i] += e
             if i <= teeth:
                 push[teeth] += e * math.exp(-x[i:teeth].sum() / 4.0)
 
-# %% ../../nbs/30_speaker/32_acoustics.ipynb #08145c86
+# %% ../../nbs/30_speaker/32_acoustics.ipynb #cd8e5847
 @njit(cache=True)
 def _join(mouth, nose, k, rate):
     "Sweep the nose, sinuses included, and hang it on section k of the mouth: flow into it = g (p + e)."
@@ -339,6 +340,7 @@ def _join(mouth, nose, k, rate):
     _sweep(nose, rate)
     mass = 0.5 * (mouth[2][0, k] + nose[2][0, 0])
     b = 1.0 / (mass + 0.5 * (mouth[2][1, k] + nose[2][1, 0]))
+    st[1, 0], st[6, 0] = st[1, 0] * st[6, 0] / mass, mass
     g = b * nose[7][0] / (b + nose[7][0])
     e = mass * st[1, 0] - nose[8][0] / nose[7][0]
     mouth[7][k] += g
@@ -365,7 +367,7 @@ def _step(mouth, nose, k, gap, lungs, rate):
     st[4, 1] += flow / rate
     return first, lips, nostrils, wall
 
-# %% ../../nbs/30_speaker/32_acoustics.ipynb #7357ba98
+# %% ../../nbs/30_speaker/32_acoustics.ipynb #a294c113
 @njit(cache=True)
 def _simulate(area, length, port, gap, lungs, white, idx, frac, k, nasal, rate, noise, hiss, teeth):
     "All samples: flows at glottis, lips, nostrils and through the walls, (4, sample) cm3/s."
@@ -380,8 +382,7 @@ def _simulate(area, length, port, gap, lungs, white, idx, frac, k, nasal, rate, 
         opening = port[f0] + f * (port[f1] - port[f0])
         branch[0][0], branch[0][1] = max(MIN_AREA, opening), min(nasal[1], 2 * opening + 0.2)
         _noise(mouth, white, t, rate, noise, teeth)
-        rough = 4 / math.pi * (mouth[3][1, 0] * RHO / MU) ** 2 / max(gap[t], 1e-3) - REYNOLDS**2
-        mouth[6][1] += hiss * max(0.0, rough) * white[t]
+        mouth[6][1] += hiss * min(FASTEST, max(0.0, mouth[3][1, 0]) / max(gap[t], 1e-3)) ** 3 * math.sqrt(gap[t]) * white[t]
         out[0, t], out[1, t], out[2, t], out[3, t] = _step(mouth, branch, k, gap[t], lungs[t], rate)
     return out
 
@@ -424,9 +425,9 @@ def flows(
     nasal = np.array((1.0, *NASAL_CM2))
     return _simulate(area, length, port, gap, lungs, white, idx, frac, k, nasal, float(rate), NOISE, HISS, teeth)
 
-# %% ../../nbs/30_speaker/32_acoustics.ipynb #69cb071b
+# %% ../../nbs/30_speaker/32_acoustics.ipynb #56d4cbc6
 LEVEL = 0.1 * RHO / (4 * math.pi * 30.0)      # Pa at 30 cm per cm3/s2 of flow; 1.0 in the wave is 1 Pa
-SKIN = 0.02                                   # share of the walls' flow that is heard
+SKIN = 0.1                                    # share of the walls' flow that is heard
 
 
 def synthesise(
