@@ -10,24 +10,30 @@ from .coils import combine, walsh_smaps
 from .nufft import Nufft
 from .spiral import check_ktraj
 
-# %% ../../nbs/10_kspace/15_gridding.ipynb #a63c8b12
+# %% ../../nbs/10_kspace/15_gridding.ipynb #9dda0f36
 def _check(kspace, arm, ktraj, dcf, smaps=None):
-    "One line about what does not fit, before a transform fails far from the cause."
-    if tuple(kspace.shape[-1:]) != tuple(ktraj.shape[1:2]):
+    "The inputs as tensors on the data's device, or one line that says what does not fit."
+    kspace, ktraj, arm = torch.as_tensor(kspace), check_ktraj(ktraj), torch.as_tensor(arm)
+    kspace, dcf = kspace.to(torch.complex64), torch.as_tensor(dcf, device=kspace.device)
+    if ktraj.ndim != 3 or dcf.shape != ktraj.shape[:2]:
+        raise ValueError(f"expected ktraj (arm, sample, 2) and dcf (arm, sample), found {tuple(ktraj.shape)} and {tuple(dcf.shape)}")
+    if kspace.shape[-1] != ktraj.shape[1]:
         raise ValueError(f"the data have {kspace.shape[-1]} samples per arm, the trajectory has {ktraj.shape[1]}")
-    if dcf.shape != ktraj.shape[:-1]:
-        raise ValueError(f"density weights are (arm, sample) = {tuple(ktraj.shape[:-1])}, found {tuple(dcf.shape)}")
-    if arm is not None and (arm.numel() and (int(arm.min()) < 0 or int(arm.max()) >= len(ktraj))):
-        bad = sorted({int(a) for a in arm.flatten() if not 0 <= int(a) < len(ktraj)})
-        raise ValueError(f"unknown arm index {bad[:5]}: the trajectory has arms 0 to {len(ktraj) - 1}")
     if smaps is not None and kspace.shape[1] != len(smaps):
-        raise ValueError(f"the data have {kspace.shape[1]} coils, the maps {len(smaps)}")
-    if not bool(torch.isfinite(torch.view_as_real(kspace)).all()):
-        raise ValueError("the k-space data hold NaN or infinite samples: drop those acquisitions first")
+        raise ValueError(f"the data have {kspace.shape[1]} coils, the coil maps {len(smaps)}")
+    unknown = sorted(set(arm.flatten().tolist()) - set(range(len(ktraj))))
+    if unknown:
+        raise ValueError(f"unknown arm index {unknown[:5]}: the trajectory has arms 0 to {len(ktraj) - 1}")
+    if not bool(torch.isfinite(torch.view_as_real(kspace).sum())):
+        raise ValueError("the raw data hold NaN or infinite samples: leave those acquisitions out")
+    return kspace, arm.cpu(), ktraj, dcf, None if smaps is None else torch.as_tensor(smaps, device=kspace.device)
 
-# %% ../../nbs/10_kspace/15_gridding.ipynb #1823119b
+# %% ../../nbs/10_kspace/15_gridding.ipynb #3b2a7dad
+_PIXELS_AT_ONCE = 4_000_000  # coil pictures in memory at a time: about 32 MB
+
+
 def acq_images(
-    kspace,          # (acq, coil, sample) complex64
+    kspace,          # (acq, coil, sample) complex
     arm,             # (acq,) int: which arm each acquisition played
     ktraj,           # (arm, sample, 2) cycles/pixel
     dcf,             # (arm, sample) density weights
@@ -35,31 +41,32 @@ def acq_images(
     im_size,         # (ny, nx)
     backend="auto",  # see Nufft
 ):                   # (acq, y, x) complex64
-    "One picture per played arm, A_n = sum_c conj(S_c) F_arm(n)^H (dcf * k_n); every frame is a sum of these."
-    ktraj, arm = check_ktraj(ktraj), torch.as_tensor(arm)
-    kspace = torch.as_tensor(kspace).to(torch.complex64)
-    _check(kspace, arm, ktraj, dcf, smaps)
+    "One picture per played arm, A_n = sum_c conj(S_c) F_arm(n)^H (dcf * k_n): every frame is a sum of these."
+    kspace, arm, ktraj, dcf, smaps = _check(kspace, arm, ktraj, dcf, smaps)
+    if arm.shape != kspace.shape[:1] or kspace.ndim != 3:
+        raise ValueError(f"expected kspace (acq, coil, sample) and arm (acq,), found {tuple(kspace.shape)} and {tuple(arm.shape)}")
     out = kspace.new_zeros(len(kspace), *im_size)
-    step = max(1, 4_000_000 // (len(smaps) * im_size[0] * im_size[1]))       # bounded memory: about 32 MB of coil images
+    step = max(1, _PIXELS_AT_ONCE // (len(smaps) * im_size[0] * im_size[1]))
     for a in arm.unique().tolist():
         op = Nufft(ktraj[a], im_size, backend, device=kspace.device)
         for n in (arm == a).nonzero()[:, 0].split(step):
             out[n] = combine(op.adjoint(kspace[n] * dcf[a]), smaps)
     return out
 
-# %% ../../nbs/10_kspace/15_gridding.ipynb #6215b380
+# %% ../../nbs/10_kspace/15_gridding.ipynb #609535fe
 def arm_images(
-    kspace,          # (frame, coil, arm, sample) complex64
-    ktraj,           # (arm, sample, 2) cycles/pixel, or (all arms, sample, 2) with arm
-    dcf,             # density weights of the same arms
-    smaps,           # (coil, y, x)
+    kspace,          # (frame, coil, arm, sample) complex
+    ktraj,           # (arm, sample, 2) cycles/pixel
+    dcf,             # (arm, sample) density weights
+    smaps,           # (coil, y, x) coil maps
     im_size,         # (ny, nx)
-    arm=None,        # (frame, arm) which arm each is; None: 0, 1, 2, ... in every frame
+    arm=None,        # (frame, arm) which arm of ktraj each one is; None: all of them, in order
     backend="auto",  # see Nufft
 ):                   # (frame, arm, y, x) complex64
     "The arm images A_i of every frame: x_m = sum_i p_i A_i for any weights p."
+    kspace = torch.as_tensor(kspace)
     frames, coils, arms, samples = kspace.shape
-    arm = torch.arange(arms).expand(frames, arms) if arm is None else torch.as_tensor(arm)
+    arm = torch.as_tensor(torch.arange(arms) if arm is None else arm).expand(frames, arms)
     flat = kspace.transpose(1, 2).reshape(frames * arms, coils, samples)
     return acq_images(flat, arm.reshape(-1), ktraj, dcf, smaps, im_size, backend).reshape(frames, arms, *im_size)
 
@@ -69,48 +76,45 @@ def combine_arms(
     p=None,  # (arm,) or (..., arm) weights; None: all ones
 ):           # (..., y, x)
     "x_m = sum_i p_i A_i (SIREM, eqs. 12 and 13, with the sum over the arms taken out)."
-    if p is None:
-        return A.sum(-3)
-    return (torch.as_tensor(p, device=A.device)[..., None, None] * A).sum(-3)
+    return A.sum(-3) if p is None else (torch.as_tensor(p, device=A.device)[..., None, None] * A).sum(-3)
 
-# %% ../../nbs/10_kspace/15_gridding.ipynb #05ddf35b
+# %% ../../nbs/10_kspace/15_gridding.ipynb #cbeb038c
 def gridding(
-    kspace,          # (frame, coil, arm, sample) complex64
-    ktraj,           # (arm, sample, 2) cycles/pixel, or (all arms, sample, 2) with arm
-    dcf,             # density weights of the same arms
-    smaps,           # (coil, y, x)
+    kspace,          # (frame, coil, arm, sample) complex
+    ktraj,           # (arm, sample, 2) cycles/pixel
+    dcf,             # (arm, sample) density weights
+    smaps,           # (coil, y, x) coil maps
     im_size,         # (ny, nx)
-    arm=None,        # (frame, arm) which arm each is; None: 0, 1, 2, ... in every frame
+    arm=None,        # (frame, arm) which arm of ktraj each one is; None: all of them, in order
     backend="auto",  # see Nufft
 ):                   # (frame, y, x) complex64
-    "The measured picture of every frame: adjoint NUFFT of the weighted samples, coils combined (SIREM, eq. 13)."
-    ktraj, kspace = check_ktraj(ktraj), torch.as_tensor(kspace).to(torch.complex64)
-    arm = (torch.arange(kspace.shape[2]) if arm is None else torch.as_tensor(arm)).expand(len(kspace), -1)
-    _check(kspace, arm, ktraj, dcf, smaps)
+    "The measured picture of every frame: adjoint NUFFT of the weighted samples, coils combined (SIREM, eq. 13, p = 1)."
+    arm = torch.as_tensor(torch.arange(kspace.shape[2]) if arm is None else arm).expand(len(kspace), kspace.shape[2])
+    kspace, arm, ktraj, dcf, smaps = _check(kspace, arm, ktraj, dcf, smaps)
     out = kspace.new_zeros(len(kspace), *im_size)
-    step = max(1, 4_000_000 // (len(smaps) * im_size[0] * im_size[1]))
-    which, group = arm.unique(dim=0, return_inverse=True)                    # frames that played the same arms share an operator
-    for g, arms in enumerate(which):
+    step = max(1, _PIXELS_AT_ONCE // (len(smaps) * im_size[0] * im_size[1]))
+    sets, group = arm.unique(dim=0, return_inverse=True)
+    for i, arms in enumerate(sets):
         op = Nufft(ktraj[arms], im_size, backend, device=kspace.device)
-        for n in (group == g).nonzero()[:, 0].split(step):
+        for n in (group == i).nonzero()[:, 0].split(step):
             out[n] = combine(op.adjoint(kspace[n] * dcf[arms]), smaps)
     return out
 
-# %% ../../nbs/10_kspace/15_gridding.ipynb #1a804586
+# %% ../../nbs/10_kspace/15_gridding.ipynb #602f521f
 def estimate_smaps(
-    kspace,      # (acq, coil, sample) complex64
-    arm,         # (acq,) int
-    ktraj,       # (arm, sample, 2) cycles/pixel
-    dcf,         # (arm, sample)
-    im_size,     # (ny, nx)
-    cutoff=0.25, # cycles/pixel: detail beyond this is left out of the coil images
-):               # (coil, y, x) complex64, sum |S|^2 = 1
-    "Coil maps once per recording: average each arm over the scan, low-resolution coil images, Walsh (SIREM, section 3.2)."
-    ktraj, arm = check_ktraj(ktraj), torch.as_tensor(arm)
-    kspace = torch.as_tensor(kspace).to(torch.complex64)
-    _check(kspace, arm, ktraj, dcf)
-    total = kspace.new_zeros(len(ktraj), *kspace.shape[1:]).index_add_(0, arm, kspace)
-    total = total / torch.bincount(arm, minlength=len(ktraj)).clamp_min(1)[:, None, None]
-    taper = torch.cos(torch.pi / 2 * (ktraj.norm(dim=-1) / cutoff).clamp(max=1)).square()
-    coils = Nufft(ktraj, im_size, device=kspace.device).adjoint((total * (dcf * taper)[:, None]).transpose(0, 1))
-    return walsh_smaps(coils)
+    kspace,       # (acq, coil, sample) complex
+    arm,          # (acq,) int: which arm each acquisition played
+    ktraj,        # (arm, sample, 2) cycles/pixel
+    dcf,          # (arm, sample) density weights
+    im_size,      # (ny, nx)
+    cutoff=0.25,  # cycles/pixel: detail beyond this is left out of the coil pictures
+    window=7,     # see walsh_smaps
+):                # (coil, y, x) complex64, sum over the coils of |S|^2 = 1
+    "Coil maps of a recording: each arm averaged over the scan, coil pictures of low resolution, Walsh (SIREM, section 3.2)."
+    kspace, arm, ktraj, dcf, _ = _check(kspace, arm, ktraj, dcf)
+    arm = arm.to(kspace.device)
+    mean = kspace.new_zeros(len(ktraj), *kspace.shape[1:]).index_add_(0, arm, kspace)
+    mean = mean / torch.bincount(arm, minlength=len(ktraj)).clamp_min(1)[:, None, None]
+    low = torch.cos(torch.pi / 2 * (ktraj.norm(dim=-1) / cutoff).clamp(max=1)).square().to(dcf)
+    coils = Nufft(ktraj, im_size, device=kspace.device).adjoint((mean * (dcf * low)[:, None]).transpose(0, 1))
+    return walsh_smaps(coils, window)
