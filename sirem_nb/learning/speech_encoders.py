@@ -204,7 +204,7 @@ class HFEncoder(Encoder):
         p = next(self.model.parameters())
         return self.model(wave.to(p.device, p.dtype)).last_hidden_state.float()
 
-# %% ../../nbs/50_learning/51_speech_encoders.ipynb #00c1b486
+# %% ../../nbs/50_learning/51_speech_encoders.ipynb #9064ab86
 class Moonshine(Encoder):
     "The encoder of Moonshine tiny (English) through onnxruntime, on the CPU: 288 numbers, 41.7 vectors a second."
     dim, frame_rate, start_s, min_samples = 288, 16000/384, 895/2/16000, 895
@@ -223,9 +223,9 @@ class Moonshine(Encoder):
         self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
     def encode(self, wave):
-        wave = wave.cpu().numpy()
-        feed = {"input_values": wave, "attention_mask": np.ones(wave.shape, np.int64)}
-        return torch.from_numpy(self.session.run(None, feed)[0])
+        "One sound at a time: the file is quantised on the fly with one scale a batch, so a sound's vectors would depend on its neighbours."
+        feeds = ({"input_values": w[None], "attention_mask": np.ones((1, len(w)), np.int64)} for w in wave.cpu().numpy())
+        return torch.cat([torch.from_numpy(self.session.run(None, f)[0]) for f in feeds])
 
 # %% ../../nbs/50_learning/51_speech_encoders.ipynb #39c70bfd
 def load_encoder(
