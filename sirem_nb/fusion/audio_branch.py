@@ -61,7 +61,7 @@ class FeatureNorm(nn.Module):
     def forward(self, features):
         return (features - self.mean) / self.std
 
-# %% ../../nbs/60_fusion/61_audio_branch.ipynb #824f5ee9
+# %% ../../nbs/60_fusion/61_audio_branch.ipynb #f460442d
 class AudioDecoder(nn.Module):
     "Three fully connected layers from a pooled speech vector to a picture (Hasan et al. 2026, eq. 11)."
     def __init__(self,
@@ -72,11 +72,12 @@ class AudioDecoder(nn.Module):
     ):
         super().__init__()
         self.dim, self.im_size = dim, tuple(im_size)
-        layers, width = [], dim
-        for h in hidden:
-            layers += [nn.Linear(width, h), nn.LayerNorm(h), nn.GELU(), nn.Dropout(dropout)]
-            width = h
-        self.net = nn.Sequential(*layers, nn.Linear(width, math.prod(self.im_size)))
+        layers = [[nn.Linear(a, b), nn.LayerNorm(b), nn.GELU(), nn.Dropout(dropout)] for a, b in zip((dim, *hidden), hidden)]
+        self.net = nn.Sequential(*sum(layers, []), nn.Linear((dim, *hidden)[-1], math.prod(self.im_size)))
+
+    @torch.no_grad()
+    def start_at(self, image):  # (y, x): the guess for every sound before the first training step
+        self.net[-1].weight.zero_(); self.net[-1].bias.copy_(image.flatten())
 
     def forward(self,
         features,  # (batch, dim) pooled speech vectors

@@ -9,7 +9,7 @@ __all__ = ['TOY', 'VERSION', 'toy_scan', 'toy_corpus', 'cache_folder', 'fingerpr
            'prepare_parts', 'train_fusion', 'other_sound', 'all_rows', 'score_rows', 'mean_records', 'find_runs',
            'evaluate_fusion']
 
-# %% ../../nbs/60_fusion/66_train.ipynb #29e6a3c1
+# %% ../../nbs/60_fusion/66_train.ipynb #5b4bbaf6
 import ctypes, hashlib, json, os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 import torch
 
-from ..data.frames import Recording, find_recordings, n_transient, part_of, read_split, split_subjects
+from ..data.frames import Recording, check_split, find_recordings, n_transient, part_of, read_split, split_subjects
 from ..data.mrd import Scan, read_mrd, read_recon, replacing, write_json, write_mrd
 from ..data.sync import nearest_reference, read_audio
 from ..evaluate.image import psnr, scores
@@ -260,7 +260,7 @@ class FusionSettings:
     k: int | None = None             # hard top-K arms; None: soft weights
     fusion_map: str = "fixed"        # "fixed" or "predicted"
 
-# %% ../../nbs/60_fusion/66_train.ipynb #c7e05ad0
+# %% ../../nbs/60_fusion/66_train.ipynb #3308efbf
 @dataclass(frozen=True)
 class RunSettings(FusionSettings):
     "The rest: what the paper leaves open, and how large a run is."
@@ -268,6 +268,7 @@ class RunSettings(FusionSettings):
     blur: float = 0.                 # of the masks' edges, pixels
     hidden: tuple = (1024, 2048)     # widths of the decoder
     dropout: float = 0.1             # ours: not published
+    start_at_mean: bool = True       # ours: the decoder starts at the mean training picture, not at noise
     per_epoch: int | None = None     # frames per epoch; None: all
     val_frames: int | None = 400     # frames to validate on; None: all
     constant: bool = True            # also train the ablation "constant picture"
@@ -294,7 +295,7 @@ def training_map(
         return mean_map(mask_map(p.labels(p.use.nonzero()[:, 0]), p.reference["names"], which, blur) for p in train if p.reference["labels"] is not None), "masks"
     return motion_map(p.target(p.use.nonzero()[:, 0]) for p in train), "motion"
 
-# %% ../../nbs/60_fusion/66_train.ipynb #b79f4d79
+# %% ../../nbs/60_fusion/66_train.ipynb #b78b4daa
 def new_model(
     train,           # list of Prepared
     arms_per_frame,
@@ -312,6 +313,7 @@ def new_model(
     model.norm.fit(torch.cat([p.features[p.use] for p in train]))
     model.map.copy_(w); model.mean_image.copy_(mean_map(p.target(p.use.nonzero()[:, 0]) for p in train))
     if audio == "constant": model.audio.image.data.copy_(model.mean_image)
+    elif s.start_at_mean: model.audio.start_at(model.mean_image)
     return model, source
 
 # %% ../../nbs/60_fusion/66_train.ipynb #ab7ca3bc
@@ -352,14 +354,14 @@ def fit_sirem(
               {"params": [model.profile.logits], "lr": s.profile_lr, **fused}]
     return fit(model, FrameLoader(train, s.batch_size, per_epoch=s.per_epoch, seed=s.seed), loss, score, out, s.epochs, lr, s.weight_decay, s.clip, s.val_every, resume, groups, s.seed)
 
-# %% ../../nbs/60_fusion/66_train.ipynb #50b68938
+# %% ../../nbs/60_fusion/66_train.ipynb #3cbb7a31
 def choose_split(
     recordings,  # list of Recording
     split=None,  # dict, path of a .json, or None: drawn
     seed=0,
 ):               # {"train": [...], "val": [...], "test": [...]}
     "A split by subject: as given, or drawn in the paper's proportions (10 / 2 / 4)."
-    if isinstance(split, dict): return {k: list(v) for k, v in split.items()}
+    if isinstance(split, dict): return check_split(split)
     if split is not None: return read_split(split)
     n = len({r.subject for r in recordings})
     if n < 3: raise ValueError(f"{n} subject{'s' * (n != 1)} in the data, a split by subject needs at least 3 (train, val, test): add subjects, or give a split")
