@@ -35,11 +35,11 @@ def local_covariance(
         flat = F.avg_pool2d(flat, size, 1, (size[0] // 2, size[1] // 2), count_include_pad=False)
     return torch.complex(*flat.reshape(c, c, 2, ny, nx).unbind(2))
 
-# %% ../../nbs/10_kspace/14_coils.ipynb #0db14c6f
+# %% ../../nbs/10_kspace/14_coils.ipynb #0cf28d4a
 def walsh_smaps(
     coil_images,  # (coil, y, x) complex
     window=7,     # side of the neighbourhood, pixels (odd)
-    n_iter=16,    # power iterations
+    n_iter=10,    # power iterations
 ):                # (coil, y, x) complex64, sum over the coils of |S|^2 = 1
     "Coil maps: in every pixel the strongest eigenvector of the coils' local covariance (Walsh et al. 2000)."
     if coil_images.ndim != 3 or window % 2 == 0:

@@ -10,11 +10,11 @@ from .coils import combine, walsh_smaps
 from .nufft import Nufft
 from .spiral import check_ktraj
 
-# %% ../../nbs/10_kspace/15_gridding.ipynb #9dda0f36
+# %% ../../nbs/10_kspace/15_gridding.ipynb #3f33e42b
 def _check(kspace, arm, ktraj, dcf, smaps=None):
     "The inputs as tensors on the data's device, or one line that says what does not fit."
-    kspace, ktraj, arm = torch.as_tensor(kspace), check_ktraj(ktraj), torch.as_tensor(arm)
-    kspace, dcf = kspace.to(torch.complex64), torch.as_tensor(dcf, device=kspace.device)
+    kspace, ktraj, arm = torch.as_tensor(kspace), check_ktraj(ktraj), torch.as_tensor(arm).long()
+    kspace, dcf = kspace.to(torch.complex64).resolve_conj(), torch.as_tensor(dcf, device=kspace.device)
     if ktraj.ndim != 3 or dcf.shape != ktraj.shape[:2]:
         raise ValueError(f"expected ktraj (arm, sample, 2) and dcf (arm, sample), found {tuple(ktraj.shape)} and {tuple(dcf.shape)}")
     if kspace.shape[-1] != ktraj.shape[1]:

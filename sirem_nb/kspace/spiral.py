@@ -73,7 +73,7 @@ def path_times(
     v = np.sqrt(v2)
     return np.concatenate([[0], np.cumsum(2 * ds / (v[1:] + v[:-1]))])
 
-# %% ../../nbs/10_kspace/11_spiral.ipynb #af0ce3c4
+# %% ../../nbs/10_kspace/11_spiral.ipynb #f91ed69d
 def design_arm(
     k,          # (n,) complex cycles/m: the curve
     n_samples,  # samples to spread over it
@@ -88,7 +88,7 @@ def design_arm(
         raise ValueError(f"{n_samples} samples of {dwell_s * 1e6:g} us last {readout * 1e3:.3f} ms, but this arm takes "
                          f"{fastest * 1e3:.3f} ms at {slew_max:g} T/m/s: use at least {int(np.ceil(fastest / dwell_s)) + 1} samples or more arms")
     late = lambda log_slew: path_times(k, grad_max, np.exp(log_slew))[-1] - readout
-    gentle = np.log(slew_max * (fastest / readout) ** 2 / 100)
+    gentle = np.log(slew_max * (fastest / readout) ** 2 * 1e-6)
     slew = np.exp(brentq(late, gentle, np.log(slew_max), xtol=1e-6))
     times = path_times(k, grad_max, slew)
     return CubicSpline(times, k)(np.minimum(np.arange(n_samples) * dwell_s, times[-1])), float(slew)
@@ -175,18 +175,16 @@ def check_ktraj(
                          "divide radians/pixel by 2 pi, or cycles/FOV by the matrix size")
     return ktraj.to(torch.float32)
 
-# %% ../../nbs/10_kspace/11_spiral.ipynb #ed0316e5
+# %% ../../nbs/10_kspace/11_spiral.ipynb #44f2769c
 def _load_arrays(path):
     "Every array in an npy, npz, mat or h5 file, by name."
     kind = path.suffix.lower()
-    if kind not in (".npy", ".npz", ".mat", ".h5", ".hdf5"):
-        raise ValueError(f"{path.name}: a trajectory file ends in .npy, .npz, .mat or .h5")
     if kind == ".npy":
         return {"ktraj": np.load(path, allow_pickle=False)}
     if kind == ".npz":
         with np.load(path, allow_pickle=False) as f:
             return {name: f[name] for name in f.files}
-    if not h5py.is_hdf5(path):
+    if kind == ".mat" and not h5py.is_hdf5(path):
         return {n: v for n, v in scipy.io.loadmat(path).items() if isinstance(v, np.ndarray)}
     found = {}
     with h5py.File(path) as f:
@@ -205,7 +203,7 @@ def _as_arms(k):
     jump = [np.abs(np.diff(k, axis=a)).mean() if k.shape[a] > 1 else np.inf for a in (0, 1)]
     return k.T if jump[0] < jump[1] else k
 
-# %% ../../nbs/10_kspace/11_spiral.ipynb #d4283ee1
+# %% ../../nbs/10_kspace/11_spiral.ipynb #e3cb12c0
 def read_ktraj(
     path,       # .npy, .npz, .mat or .h5 file
     name=None,  # which array in it; None: "ktraj", "traj" or "k", or the only one
@@ -214,7 +212,12 @@ def read_ktraj(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no trajectory file at {path}")
-    arrays = _load_arrays(path)
+    if path.suffix.lower() not in (".npy", ".npz", ".mat", ".h5", ".hdf5"):
+        raise ValueError(f"{path.name}: a trajectory file ends in .npy, .npz, .mat or .h5")
+    try:
+        arrays = _load_arrays(path)
+    except Exception as e:                       # each format has its own errors for damaged files
+        raise ValueError(f"{path.name} is damaged, or not what its name says: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
     known = [n for n in ([name] if name else ["ktraj", "traj", "k"]) if n in arrays]
     known = known or ([] if name or len(arrays) != 1 else list(arrays))
     if not known:
