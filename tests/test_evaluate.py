@@ -134,6 +134,22 @@ def test_data_range_has_no_default():
         with pytest.raises(TypeError): f(x, ref)
 
 
+CARDS = sorted((Path(__file__).resolve().parents[1]/"data_cards").glob("*.md"))
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda p: p.stem)
+def test_data_card_has_a_header_that_hugging_face_reads(card):
+    from huggingface_hub import DatasetCard
+    c = DatasetCard(card.read_text())
+    assert c.data.pretty_name and c.data.license and c.data.tags and c.data.size_categories
+    assert c.data.license != "other" or (c.data.to_dict().get("license_name"))
+    for section in ("## Known trouble", "## Not verified"): assert section in c.text, f"{card.name} does not say: {section}"
+
+
+def test_every_data_set_has_its_card():
+    assert {p.stem for p in CARDS} >= {"usc75", "annot16", "usc_timit", "virtual_speakers", "cine_tagged_words", "maeda"}
+
+
 def test_a_real_movie_shifted_by_one_frame():
     "Neighbouring frames of real speech: the still parts make a whole-frame number kinder than one at the moving tongue."
     movie = DATA/"usc_timit"/"M1_033.avi"
