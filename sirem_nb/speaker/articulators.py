@@ -69,7 +69,7 @@ ALPHA_BETA = np.repeat([(1.8, 1.2), (1.8, 1.3), (1.7, 1.4), (1.7, 1.5), (1.8, 1.
 LINES = np.arange(6, 31)                   # the grid lines that cross the tongue; 0..5 lie below the larynx
 INCISOR = (2212.354492 - 3000, 1999.574219 - 1850)   # edge of the upper incisors, from the grid's centre
 
-# %% ../../nbs/30_speaker/31_articulators.ipynb #2d2c1df1
+# %% ../../nbs/30_speaker/31_articulators.ipynb #c26699e9
 @dataclass(frozen=True)
 class SpeakerShape:
     "The fixed geometry of one speaker; the default is Maeda's, enlarged by his factor of 1.1 from a woman's to a man's size."
@@ -80,7 +80,7 @@ class SpeakerShape:
     pharynx_depth_mm: float = 0.0    # how much farther back the rear wall stands
     lip_thickness_mm: float = 11.0   # front to back
     velum_thickness_mm: float = 6.0
-    incisor_mm: float = 9.5          # crown of the upper incisors
+    incisor_mm: float = 10.5         # crown of the upper incisors
     overjet_mm: float = 2.2          # upper incisors in front of the lower ones
     bite_mm: float = 6.0             # gap between the incisors' edges when the jaw parameter is 0
     chin_mm: float = 0.0             # how much farther forward the chin stands
@@ -101,7 +101,7 @@ def grid(
               + ahead[:, None] * [math.cos(end + math.pi / 2), math.sin(end + math.pi / 2)])
     return origin, np.stack([np.cos(angle), np.sin(angle)], -1)
 
-# %% ../../nbs/30_speaker/31_articulators.ipynb #1fd140c0
+# %% ../../nbs/30_speaker/31_articulators.ipynb #e161a300
 DENSE = np.linspace(6, 30, 97)             # four rays per grid line for drawing
 VELUM_DROP = np.interp(LINES, [13.5, 15, 16, 17, 18, 19, 20, 21], [0, .3, .75, .75, .65, .4, .15, 0])   # cm at full opening
 
@@ -118,7 +118,7 @@ def _fixed(shape):
     d_origin, d_direction = grid(DENSE, shape)
     ahead = grid([30], shape)[0][0] - grid([30])[0][0]
     c = dict(origin=origin, direction=direction, d_origin=d_origin, d_direction=d_direction,
-             wall=WALL / TEK_PER_CM + dome + depth, tongue=TONGUE[0] / TEK_PER_CM + 0.8 * dome,
+             wall=WALL / TEK_PER_CM + dome + depth, tongue=TONGUE[0] / TEK_PER_CM + dome + depth,
              upper=np.array(INCISOR) / TEK_PER_CM + ahead, dense=_spline(25, DENSE - 6), drop=VELUM_DROP,
              factors=(TONGUE[1] / TEK_PER_CM)[:, None] * TONGUE[2:].T)
     return {k: torch.as_tensor(v, dtype=torch.float32) for k, v in c.items()}
@@ -171,7 +171,7 @@ def _clear(points, shape):
     normal = torch.stack([-(edge - gum)[1], (edge - gum)[0]]) / (edge - gum).norm()
     return ((points - edge) * normal).sum(-1, keepdim=True), near, normal
 
-# %% ../../nbs/30_speaker/31_articulators.ipynb #3606f7b6
+# %% ../../nbs/30_speaker/31_articulators.ipynb #e47684a7
 def _tip(a, tongue, shape):
     "Tongue tip (..., 2): what the root gives up lengthens it (constant volume); held by teeth and gums."
     c, low = _fixed(shape), _lower_incisor(a, shape)
@@ -179,7 +179,7 @@ def _tip(a, tongue, shape):
     ahead = torch.nn.functional.normalize(p[..., -1, :] - p[..., -3, :], dim=-1)
     root = (tongue - c["tongue"])[..., 3:10].mean(-1)
     tip = p[..., -1, :] + ahead * (0.35 - 0.5 * root).clamp(0.12, 0.9)[..., None]
-    raised = ((0.35 - (a["wall"] - tongue)[..., -1:]) / 0.2).clamp(0, 1)     # 1: the tip is at the gum and bends along it
+    raised = ((0.45 - (a["wall"] - tongue)[..., -1:]) / 0.2).clamp(0, 1)     # 1: the tip is at the gum and bends along it
     keep = 1.5 * _clear(p[..., -1, :], shape)[0].clamp(min=0) * raised
     away, _, normal = _clear(tip, shape)
     tip = tip + (keep - away).clamp(min=0) * normal
@@ -223,7 +223,7 @@ def sagittal(
     length = 0.5 * (i0 + o0 - i1 - o1).norm(dim=-1)
     return area / length.clamp(min=1e-3), length
 
-# %% ../../nbs/30_speaker/31_articulators.ipynb #72962bd3
+# %% ../../nbs/30_speaker/31_articulators.ipynb #aa95a6a2
 def area_function(
     params,                # (..., 8)
     shape=SpeakerShape(),
@@ -232,6 +232,8 @@ def area_function(
     a = articulate(params, shape)
     inner, outer, _, _ = _walls(a, shape)
     d, length = sagittal({"inner": inner * shape.size, "outer": outer * shape.size})
+    teeth = (outer - inner)[..., 27, :].norm(dim=-1, keepdim=True) * shape.size   # the gap at the teeth itself, not a mean
+    d = torch.cat([d[..., :27], teeth, d[..., 28:]], -1)
     ab = torch.as_tensor(np.concatenate([ALPHA_BETA, ALPHA_BETA[-1:]]), dtype=d.dtype)
     area = 1.4 * ab[:, 0] * d[..., :-1].clamp(min=1e-9) ** ab[:, 1]
     area = torch.where(d[..., :-1] < 1e-4, torch.zeros(()), area)
@@ -328,11 +330,11 @@ def _lips(a, inner, outer, shape):
                          low + d(-.85, -1.75), low + d(-.5, -1.8)], -2)
     return _closed(upper, 60), _closed(lower, 60)
 
-# %% ../../nbs/30_speaker/31_articulators.ipynb #4315f191
+# %% ../../nbs/30_speaker/31_articulators.ipynb #4e5d4846
 def _bones(a, shape):
     "Mandible, chin, incisors and hyoid; all but the upper incisors move with the jaw."
     c, low = _fixed(shape), _lower_incisor(a, shape)
-    crown, chin = shape.incisor_mm / 9.5, -shape.chin_mm / 10 / shape.size
+    crown, chin = shape.incisor_mm / 9.5 / shape.size, -shape.chin_mm / 10 / shape.size
     rest = c["upper"] + torch.tensor([shape.overjet_mm, -shape.bite_mm]) / 10 / shape.size
     turn = lambda offsets: _jaw_turn(rest + torch.tensor(offsets), a["jaw"], shape)
     jaw = turn([[-.15, -.85], [.32, -.85], [.6, -1.5], [.78, -2.3], [.7, -3.1], [.2, -3.45], [-.35 + chin, -3.2], [-.4 + chin, -2.7], [-.1, -1.8]])
