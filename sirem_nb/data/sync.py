@@ -89,7 +89,7 @@ def run_ffmpeg(
         raise ValueError(re.sub(r"^\[[^]]*\] *", "", said[0])[:160])
     return r.stdout, text
 
-# %% ../../nbs/20_data/22_sync.ipynb #47858a2b
+# %% ../../nbs/20_data/22_sync.ipynb #f9b183d2
 def read_movie(
     path,  # .mp4, .avi, .mov, .webm, ...
 ):         # frames (frame, y, x) float32 in 0..1, fps, wave (sample,) float32 or None, rate or None
@@ -101,6 +101,7 @@ def read_movie(
     except ValueError as e: raise ValueError(f"{path}: not a movie that can be read ({e})") from e
     size = re.search(r" s:(\d+)x(\d+) ", text)
     if not size or not raw: raise ValueError(f"{path}: the movie has no frames")
+    if re.search("partial file|corrupt input packet|Decoding error", text): raise ValueError(f"{path}: the movie is damaged or cut off; copy or download it again")
     nx, ny = map(int, size.groups())
     rgb = np.frombuffer(raw, np.uint8).reshape(-1, ny, nx, 3)
     grey = np.stack([f.astype(np.float32) @ np.float32([.299, .587, .114]) for f in rgb]) / 255

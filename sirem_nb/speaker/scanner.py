@@ -3,27 +3,27 @@
 # %% auto #0
 __all__ = ['MEASURED_EXCESS', 'loop_field', 'grid_mm', 'coil_maps', 'ArmPlayer', 'play_arm', 'noise_sd', 'head_signal',
            'steady_state', 'field_map', 'time_segments', 'play_off_resonance', 'arm_times', 'played_arms', 'play',
-           'white_noise', 'header_fields', 'scan_movie', 'true_pictures', 'mitchell', 'resize_matrix', 'movie_picture',
+           'white_noise', 'header_fields', 'scan_movie', 'true_pictures', 'cubic', 'resize_matrix', 'movie_picture',
            'recording_paths', 'write_movie_truth', 'simulate_video', 'scanner_sound', 'add_scanner_noise']
 
-# %% ../../nbs/30_speaker/35_scanner.ipynb #970dc1f6
+# %% ../../nbs/30_speaker/35_scanner.ipynb #a2b7761b
 import re
 from pathlib import Path
 
-import h5py
 import numpy as np
 import scipy.signal
 import soundfile
 import torch
+from scipy.spatial.distance import cdist
 
 from ..data.frames import Recording, recording_of
-from ..data.mrd import Scan, replacing, write_mrd
+from ..data.mrd import Scan, new_hdf5, replacing, write_mrd
 from ..data.sync import read_audio, read_movie, resample, write_movie
 from ..kspace.density import density
 from ..kspace.nufft import _torch_csr, gridding_matrix
 from ..kspace.spiral import USC13
 
-# %% ../../nbs/30_speaker/35_scanner.ipynb #530d3d86
+# %% ../../nbs/30_speaker/35_scanner.ipynb #176659eb
 def loop_field(
     points,     # (..., 3) mm
     centre,     # (3,) mm
@@ -34,12 +34,10 @@ def loop_field(
     "Field of a circular loop of wire (Biot-Savart, summed over short straight pieces)."
     normal = np.asarray(normal, float) / np.linalg.norm(normal)
     u = np.cross(normal, [0., 1., 0.] if abs(normal[1]) < .9 else [1., 0., 0.]); u /= np.linalg.norm(u)
-    v, phi = np.cross(normal, u), 2*np.pi*np.arange(n)/n
-    field = np.zeros(points.shape)
-    for c, s in zip(np.cos(phi), np.sin(phi)):
-        d = points - (centre + radius_mm*(c*u + s*v))
-        field += np.cross(c*v - s*u, d) / np.linalg.norm(d, axis=-1, keepdims=True)**3
-    return field * radius_mm * 2*np.pi/n
+    v, phi = np.cross(normal, u), 2*np.pi*np.arange(n)[:, None]/n
+    wire, dl = centre + radius_mm*(np.cos(phi)*u + np.sin(phi)*v), 2*np.pi/n*radius_mm*(np.cos(phi)*v - np.sin(phi)*u)
+    w = cdist(points.reshape(-1, 3), wire)**-3                              # sum_i w_i dl_i x (p - r_i), in two matrix products
+    return (np.cross(w @ dl, points.reshape(-1, 3)) - w @ np.cross(dl, wire)).reshape(points.shape)
 
 # %% ../../nbs/30_speaker/35_scanner.ipynb #e4b8007c
 def grid_mm(
@@ -51,7 +49,7 @@ def grid_mm(
     y, x = np.meshgrid((np.arange(ny) - ny//2) * fy/ny, (np.arange(nx) - nx//2) * fx/nx, indexing="ij")
     return np.stack([x, y, np.zeros_like(x)], -1)
 
-# %% ../../nbs/30_speaker/35_scanner.ipynb #ee25c099
+# %% ../../nbs/30_speaker/35_scanner.ipynb #3943b816
 def coil_maps(
     n_coils=8,    # loops
     matrix=84,    # pixels: a number or (ny, nx)
@@ -64,8 +62,8 @@ def coil_maps(
     for c in range(n_coils):
         angle = 2*np.pi * (c//2 + .25) / pairs + rng.normal(0, .12)
         side = 1 if c % 2 == 0 else -1
-        centre = np.array([50*np.cos(angle) - 5, 50*np.sin(angle) + 5, 70.*side]) + rng.normal(0, 4, 3)
-        normal = np.array([-.5*np.cos(angle), -.5*np.sin(angle), -side]) + rng.normal(0, .08, 3)
+        centre = np.array([65*np.cos(angle) - 5, 65*np.sin(angle) + 5, 70.*side]) + rng.normal(0, 4, 3)
+        normal = np.array([-.2*np.cos(angle), -.2*np.sin(angle), -side]) + rng.normal(0, .08, 3)
         b = loop_field(points, centre, normal, 38 + rng.normal(0, 2))
         maps.append(b[..., 0] - 1j*b[..., 2])
     maps = np.stack(maps)
@@ -273,13 +271,13 @@ def true_pictures(
     f = f * (ky[:, None]**2 + kx**2 <= .25)
     return torch.fft.fftshift(torch.fft.ifft2(torch.fft.ifftshift(f, dim=(-2, -1))), dim=(-2, -1)).real.float() * (ny*nx / (Y*X))
 
-# %% ../../nbs/30_speaker/35_scanner.ipynb #53bde289
-def mitchell(
+# %% ../../nbs/30_speaker/35_scanner.ipynb #cbe20a3c
+def cubic(
     x,  # distance in pixels
 ):      # weight
-    "Mitchell and Netravali's cubic kernel (1988), B = C = 1/3."
+    "Keys's cubic interpolation kernel (1981): 1 at 0, 0 at all other whole numbers."
     x = np.abs(x)
-    return np.where(x < 1, 7*x**3/6 - 2*x**2 + 8/9, np.where(x < 2, -7*x**3/18 + 2*x**2 - 10*x/3 + 16/9, 0))
+    return np.where(x < 1, 1.5*x**3 - 2.5*x**2 + 1, np.where(x < 2, -.5*x**3 + 2.5*x**2 - 4*x + 2, 0))
 
 def resize_matrix(
     n_in,        # pixels of the movie
@@ -288,7 +286,7 @@ def resize_matrix(
 ):               # (n_out * oversample, n_in): rows are the weights of a fine pixel
     "Where each fine pixel lies in the movie, and which of its pixels it is made of."
     at = ((np.arange(n_out*oversample) - n_out*oversample//2) / oversample + n_out//2 + .5) * n_in/n_out - .5
-    w = mitchell((at[:, None] - np.arange(n_in)) / max(1., n_in/(n_out*oversample)))
+    w = cubic((at[:, None] - np.arange(n_in)) / max(1., n_in/(n_out*oversample)))
     return torch.as_tensor((w / w.sum(1, keepdims=True)).astype(np.float32))
 
 # %% ../../nbs/30_speaker/35_scanner.ipynb #32ea1edf
@@ -321,7 +319,7 @@ def recording_paths(
     path = lambda kind, ext: home/kind/f"{name}_{kind}{ext}"
     return Recording(subject, name, path("raw", ".h5"), path("audio", ".wav"), path("recon", ".h5"), path("video", ".mp4"), path("truth", ".h5"))
 
-# %% ../../nbs/30_speaker/35_scanner.ipynb #7510980c
+# %% ../../nbs/30_speaker/35_scanner.ipynb #f087f4a7
 def write_movie_truth(
     path,     # the .h5 to write
     picture,  # times -> (t, Y, X)
@@ -330,7 +328,7 @@ def write_movie_truth(
     "The noiseless pictures at the scanner's resolution, one for every two arms: /frames, /frame_times_s."
     times = (torch.arange(scan.n_acq // 2, dtype=torch.float64) + .5) * 2 * scan.tr_s
     frames = torch.cat([true_pictures(picture(t), scan.im_size) for t in times.split(64)])
-    with replacing(path) as tmp, h5py.File(tmp, "w") as f:
+    with new_hdf5(path) as f:
         f.create_dataset("frames", data=frames.numpy().astype(np.float16), chunks=(1, *scan.im_size), compression="gzip")
         f["frame_times_s"] = times.numpy()
         f.attrs.update(origin="movie", pixel_mm=np.asarray(scan.pixel_mm))
