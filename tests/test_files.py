@@ -677,3 +677,11 @@ def test_exact_pair_agrees_with_the_operator_used_for_files(good):
     s = exact_dft(image * coil_maps(4), scan.ktraj[scan.arm[0]])
     assert float((scan.kspace[0] - s).abs().mean() / s.abs().mean()) < .1
     assert exact_adjoint(s, scan.ktraj[scan.arm[0]], (84, 84)).shape == (4, 84, 84)
+
+
+def test_pixels_of_encoded_and_reconstructed_space(good, tmp_path):
+    "A finer reconstructed matrix over the same field of view: k stays in cycles per encoded pixel, and that is the matrix used."
+    finer = lambda xml: "168".join(xml.rsplit("84", 2)) if xml.rindex("84") < xml.index("</reconSpace>") else xml
+    scan = read_mrd(changed(good, tmp_path / "a.h5", None, finer))
+    assert scan.im_size == (84, 84) and any("encoded" in n for n in scan.extras["notes"])
+    assert read_mrd(good).extras["notes"] == []

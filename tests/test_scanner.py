@@ -273,7 +273,7 @@ def test_simulate_video_with_other_sound_or_none(tmp_path):
     assert r.audio is None and any("no sound" in t for t in info(r.raw)["trouble"])
     assert read_mrd(r.raw).fov_mm == pytest.approx((100., 200.)), "a movie twice as wide as high: the full frame is the field of view"
     soundfile.write(tmp_path / "s.wav", np.stack([np.ones(6000)*.1, np.zeros(6000)], 1), 16000)
-    r = simulate_video(tmp_path / "b", tmp_path / "quiet.mp4", audio=tmp_path / "s.wav", subject="sub007", arms=[0, 5], n_coils=3)
+    r = simulate_video(tmp_path / "b", tmp_path / "quiet.mp4", audio=tmp_path / "s.wav", subject="sub007", arms=[0, 5], n_coils=3, scanner_noise_db=-6.)
     assert r.subject == "sub007" and len(read_audio(r.audio)[0]) == 7500 and set(read_mrd(r.raw).arm.tolist()) == {0, 5}
     assert any("lasts" in t for t in info(r.raw)["trouble"])
     for video, error in ((tmp_path / "nothing.mp4", FileNotFoundError), (tmp_path / "s.wav", ValueError)):

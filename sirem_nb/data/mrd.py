@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['ORIGINS', 'TICK_MS', 'NOT_PICTURE', 'Scan', 'replacing', 'new_hdf5', 'plain', 'write_json', 'mrd_header', 'mrd_heads',
-           'write_mrd', 'open_mrd', 'read_header', 'is_picture', 'stack', 'arms_by_path', 'odd_label', 'label_arms',
-           'clock', 'check_units', 'played', 'read_mrd', 'find_audio', 'audio_trouble', 'audio_facts', 'energy_facts',
-           'info', 'write_recon', 'read_recon']
+           'write_mrd', 'open_mrd', 'pixels_differ', 'read_header', 'is_picture', 'stack', 'arms_by_path', 'odd_label',
+           'label_arms', 'clock', 'check_units', 'played', 'read_mrd', 'find_audio', 'audio_trouble', 'audio_facts',
+           'energy_facts', 'info', 'write_recon', 'read_recon']
 
 # %% ../../nbs/20_data/21_mrd.ipynb #d1c196eb
 import json, os
@@ -172,7 +172,15 @@ def open_mrd(
     except (OSError, RuntimeError, KeyError, AttributeError) as e:
         raise ValueError(f"{path}: damaged or cut off ({str(e).splitlines()[0][:90]}); copy or download it again") from e
 
-# %% ../../nbs/20_data/21_mrd.ipynb #153a2c06
+# %% ../../nbs/20_data/21_mrd.ipynb #abc589a0
+def pixels_differ(
+    enc,  # an xsd.encodingType
+):        # bool
+    "Do the encoded and the reconstructed matrix have pixels of different size?"
+    e, r = (s.fieldOfView_mm.x / max(s.matrixSize.x, 1) for s in (enc.encodedSpace, enc.reconSpace))
+    return enc.encodedSpace.matrixSize.x > 1 and e > 0 and abs(r / e - 1) > .01
+
+# %% ../../nbs/20_data/21_mrd.ipynb #3bec3c70
 def read_header(
     xml,   # the header's bytes
     path,  # for the message
@@ -182,12 +190,12 @@ def read_header(
     except Exception as e: raise ValueError(f"{path}: the MRD header is not valid XML of the schema ({str(e).splitlines()[0][:80]})") from e
     if not head.encoding: raise ValueError(f"{path}: the MRD header has no <encoding>; matrix and field of view are unknown")
     enc, seq, user, system = head.encoding[0], head.sequenceParameters, head.userParameters, head.acquisitionSystemInformation
-    space = enc.reconSpace if enc.reconSpace.matrixSize.x > 1 else enc.encodedSpace
+    space = enc.encodedSpace if enc.reconSpace.matrixSize.x < 2 or pixels_differ(enc) else enc.reconSpace
     m, fov, first = space.matrixSize, space.fieldOfView_mm, lambda v: float(v[0]) if seq and v else None
     if min(m.x, m.y) < 2: raise ValueError(f"{path}: the header's matrix is {m.y} x {m.x}; at least 2 x 2 was expected")
     limit = enc.encodingLimits.kspace_encoding_step_1
     return dict(im_size=(m.y, m.x), fov_mm=(fov.y, fov.x), slice_mm=fov.z, arm_limit=limit.maximum if limit else None, trajectory=enc.trajectory.value,
-                pixel_encoded_mm=enc.encodedSpace.fieldOfView_mm.x / max(enc.encodedSpace.matrixSize.x, 1),
+                notes=["encoded and reconstructed pixels differ in size: the encoded matrix is used, since k is in cycles per encoded pixel"] if pixels_differ(enc) else [],
                 tr_ms=first(seq and seq.TR), te_ms=first(seq and seq.TE), flip_deg=first(seq and seq.flipAngle_deg),
                 channels=system.receiverChannels if system else None,
                 text={p.name: p.value for p in user.userParameterString} if user else {},
@@ -324,7 +332,7 @@ def played(
         if np.ptp(rows["head"]["idx"][name][keep]): raise ValueError(f"{path}: several {what}; one two-dimensional slice was expected: export one of them")
     return rows[keep], keep, len(rows) - len(keep)
 
-# %% ../../nbs/20_data/21_mrd.ipynb #579015a4
+# %% ../../nbs/20_data/21_mrd.ipynb #276d97f9
 def read_mrd(
     path,       # an MRD file, .h5
     tr_s=None,  # seconds from one acquisition to the next, where the file does not say
@@ -338,7 +346,7 @@ def read_mrd(
     arm, first, labels, notes = label_arms(rows["head"]["idx"]["kspace_encode_step_1"], traj, header["arm_limit"], number, path)
     if stored is not None: arm, traj, labels, notes = labels[arm], stored, np.arange(len(stored)), []
     else: traj = traj[first]
-    notes += check_units(traj[..., :2], header["fov_mm"][1] / header["im_size"][1], path)
+    notes += header["notes"] + check_units(traj[..., :2], header["fov_mm"][1] / header["im_size"][1], path)
     tr, more = (tr_s, []) if tr_s else clock(rows["head"]["acquisition_time_stamp"], header, rows["head"])
     if header["channels"] not in (None, kspace.shape[1]): more.append(f"the header says {header['channels']} coils, the data have {kspace.shape[1]}")
     k = torch.as_tensor(np.ascontiguousarray(traj[..., :2]))

@@ -4,7 +4,8 @@
 __all__ = ['MEASURED_EXCESS', 'loop_field', 'grid_mm', 'coil_maps', 'ArmPlayer', 'play_arm', 'noise_sd', 'head_signal',
            'steady_state', 'field_map', 'time_segments', 'play_off_resonance', 'arm_times', 'played_arms', 'play',
            'white_noise', 'header_fields', 'scan_movie', 'true_pictures', 'cubic', 'resize_matrix', 'movie_picture',
-           'recording_paths', 'write_movie_truth', 'simulate_video', 'scanner_sound', 'add_scanner_noise']
+           'scanner_sound', 'add_scanner_noise', 'recording_paths', 'write_movie_truth', 'write_sound',
+           'simulate_video']
 
 # %% ../../nbs/30_speaker/35_scanner.ipynb #a2b7761b
 import re
@@ -23,7 +24,7 @@ from ..kspace.density import density
 from ..kspace.nufft import _torch_csr, gridding_matrix
 from ..kspace.spiral import USC13
 
-# %% ../../nbs/30_speaker/35_scanner.ipynb #176659eb
+# %% ../../nbs/30_speaker/35_scanner.ipynb #64a10186
 def loop_field(
     points,     # (..., 3) mm
     centre,     # (3,) mm
@@ -39,7 +40,6 @@ def loop_field(
     w = cdist(points.reshape(-1, 3), wire)**-3                              # sum_i w_i dl_i x (p - r_i), in two matrix products
     return (np.cross(w @ dl, points.reshape(-1, 3)) - w @ np.cross(dl, wire)).reshape(points.shape)
 
-# %% ../../nbs/30_speaker/35_scanner.ipynb #e4b8007c
 def grid_mm(
     matrix,  # pixels: a number or (ny, nx)
     fov_mm,  # mm: a number or (y, x)
@@ -306,60 +306,6 @@ def movie_picture(
         return torch.lerp(fine[j], fine[(j + 1).clamp(max=len(fine) - 1)], w)
     return picture
 
-# %% ../../nbs/30_speaker/35_scanner.ipynb #609ff66c
-def recording_paths(
-    out_dir,   # the data set's folder
-    subject,   # "sub001"
-    task,      # "01"
-    stimulus,  # a word; anything but letters and digits becomes a dash
-):             # Recording whose files may not exist yet
-    "The file names of USC's layout."
-    stimulus = re.sub("[^A-Za-z0-9]+", "-", stimulus).strip("-") or "movie"
-    name, home = f"{subject}_2drt_{task}_{stimulus}", Path(out_dir)/subject/"2drt"
-    path = lambda kind, ext: home/kind/f"{name}_{kind}{ext}"
-    return Recording(subject, name, path("raw", ".h5"), path("audio", ".wav"), path("recon", ".h5"), path("video", ".mp4"), path("truth", ".h5"))
-
-# %% ../../nbs/30_speaker/35_scanner.ipynb #f087f4a7
-def write_movie_truth(
-    path,     # the .h5 to write
-    picture,  # times -> (t, Y, X)
-    scan,     # Scan
-):            # frames (t, y, x), times (t,)
-    "The noiseless pictures at the scanner's resolution, one for every two arms: /frames, /frame_times_s."
-    times = (torch.arange(scan.n_acq // 2, dtype=torch.float64) + .5) * 2 * scan.tr_s
-    frames = torch.cat([true_pictures(picture(t), scan.im_size) for t in times.split(64)])
-    with new_hdf5(path) as f:
-        f.create_dataset("frames", data=frames.numpy().astype(np.float16), chunks=(1, *scan.im_size), compression="gzip")
-        f["frame_times_s"] = times.numpy()
-        f.attrs.update(origin="movie", pixel_mm=np.asarray(scan.pixel_mm))
-    return frames, times
-
-# %% ../../nbs/30_speaker/35_scanner.ipynb #c4b8cfba
-def simulate_video(
-    out_dir,            # the data set's folder
-    video,              # a movie file
-    audio=None,         # a sound file; None: the movie's own track, if it has one
-    snr=20.,            # see scan_movie
-    seed=0,             # noise and coils
-    subject="sub001",   # whose folder
-    task="01",          # number of the task in the name
-    protocol=USC13,     # SpiralProtocol
-    **scan_settings,    # n_coils, off_resonance_hz, arms, oversample, coil_seed
-):                      # Recording
-    "Put a real movie through the scanner: raw file, sound at 20 kHz, truth and movie in USC's layout."
-    frames, fps, wave, rate = read_movie(video)
-    if audio is not None: wave, rate = read_audio(audio)
-    files = recording_paths(out_dir, subject, task, Path(video).stem)
-    fov, im_size = (protocol.fov_mm * frames.shape[1] / frames.shape[2], protocol.fov_mm), (protocol.matrix,)*2
-    picture = movie_picture(frames, fps, im_size, scan_settings.get("oversample", 2))
-    scan = scan_movie(picture, len(frames)/fps, protocol, snr=snr, seed=seed, origin="movie", fov_mm=fov, **scan_settings)
-    write_mrd(files.raw, scan, source=Path(video).name)
-    if wave is not None:
-        with replacing(files.audio) as tmp: soundfile.write(tmp, resample(wave, rate, 20000), 20000)
-    true, _ = write_movie_truth(files.truth, picture, scan)
-    write_movie(files.video, true, 1/(2*scan.tr_s), wave, rate)
-    return recording_of(files.raw)
-
 # %% ../../nbs/30_speaker/35_scanner.ipynb #7e4a7956
 def scanner_sound(
     n_samples,       # of sound
@@ -393,3 +339,71 @@ def add_scanner_noise(
     wave = np.asarray(wave, np.float32); level = float(np.sqrt(np.mean(wave**2))) or .05
     noisy = wave + level * 10**(level_db/20) * scanner_sound(len(wave), rate, protocol, tr_s, seed)
     return noisy / max(1., float(np.abs(noisy).max()))
+
+# %% ../../nbs/30_speaker/35_scanner.ipynb #609ff66c
+def recording_paths(
+    out_dir,   # the data set's folder
+    subject,   # "sub001"
+    task,      # "01"
+    stimulus,  # a word; anything but letters and digits becomes a dash
+):             # Recording whose files may not exist yet
+    "The file names of USC's layout."
+    stimulus = re.sub("[^A-Za-z0-9]+", "-", stimulus).strip("-") or "movie"
+    name, home = f"{subject}_2drt_{task}_{stimulus}", Path(out_dir)/subject/"2drt"
+    path = lambda kind, ext: home/kind/f"{name}_{kind}{ext}"
+    return Recording(subject, name, path("raw", ".h5"), path("audio", ".wav"), path("recon", ".h5"), path("video", ".mp4"), path("truth", ".h5"))
+
+# %% ../../nbs/30_speaker/35_scanner.ipynb #de457f4a
+def write_movie_truth(
+    path,     # the .h5 to write
+    picture,  # times -> (t, Y, X)
+    scan,     # Scan
+):            # frames (t, y, x), times (t,)
+    "The noiseless pictures at the scanner's resolution, one for every two arms: /frames, /frame_times_s."
+    times = (torch.arange(scan.n_acq // 2, dtype=torch.float64) + .5) * 2 * scan.tr_s
+    frames = torch.cat([true_pictures(picture(t), scan.im_size) for t in times.split(64)])
+    with new_hdf5(path) as f:
+        f.create_dataset("frames", data=frames.numpy().astype(np.float16), chunks=(1, *scan.im_size), compression="gzip")
+        f["frame_times_s"] = times.numpy()
+        f.attrs.update(origin="movie", pixel_mm=np.asarray(scan.pixel_mm))
+    return frames
+
+# %% ../../nbs/30_speaker/35_scanner.ipynb #ceabc1d3
+def write_sound(
+    path,       # the .wav to write
+    wave,       # (sample,)
+    rate,       # Hz
+    noise_db,   # scanner noise, see add_scanner_noise; None: off
+    seed,       # of the noise
+    protocol,   # SpiralProtocol
+):              # (sample,) what was written, at 20 kHz
+    "The sound of a recording at USC's 20 kHz, in one step."
+    wave = resample(wave, rate, 20000)
+    if noise_db is not None: wave = add_scanner_noise(wave, 20000, protocol.tr_s, noise_db, seed, protocol)
+    with replacing(path) as tmp: soundfile.write(tmp, wave, 20000)
+    return wave
+
+# %% ../../nbs/30_speaker/35_scanner.ipynb #e75701a5
+def simulate_video(
+    out_dir,                # the data set's folder
+    video,                  # a movie file
+    audio=None,             # a sound file; None: the movie's own track, if it has one
+    snr=20.,                # see scan_movie
+    seed=0,                 # noise and coils
+    subject="sub001",       # whose folder
+    task="01",              # number of the task in the name
+    protocol=USC13,         # SpiralProtocol
+    scanner_noise_db=None,  # loudness of the scanner on the sound, dB over the speech; None: off
+    **settings,             # n_coils, off_resonance_hz, arms, oversample, coil_seed
+):                          # Recording
+    "Put a real movie through the scanner: raw file, sound at 20 kHz, truth and movie in USC's layout."
+    frames, fps, wave, rate = read_movie(video)
+    if audio is not None: wave, rate = read_audio(audio)
+    files, im_size = recording_paths(out_dir, subject, task, Path(video).stem), (protocol.matrix,)*2
+    picture = movie_picture(frames, fps, im_size, settings.get("oversample", 2))
+    fov = (protocol.fov_mm * frames.shape[1] / frames.shape[2], protocol.fov_mm)
+    scan = scan_movie(picture, len(frames)/fps, protocol, snr=snr, seed=seed, origin="movie", fov_mm=fov, **settings)
+    if wave is not None: wave = write_sound(files.audio, wave, rate, scanner_noise_db, seed, protocol)
+    write_mrd(files.raw, scan, source=Path(video).name)
+    write_movie(files.video, write_movie_truth(files.truth, picture, scan), 1/(2*scan.tr_s), wave, 20000)
+    return recording_of(files.raw)
