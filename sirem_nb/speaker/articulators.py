@@ -123,7 +123,7 @@ def _fixed(shape):
              factors=(TONGUE[1] / TEK_PER_CM)[:, None] * TONGUE[2:].T)
     return {k: torch.as_tensor(v, dtype=torch.float32) for k, v in c.items()}
 
-# %% ../../nbs/30_speaker/31_articulators.ipynb #308b5065
+# %% ../../nbs/30_speaker/31_articulators.ipynb #e7ca3cbd
 def articulate(
     params,                # (..., 8) articulatory parameters
     shape=SpeakerShape(),
@@ -138,8 +138,9 @@ def articulate(
     larynx = torch.as_tensor(LARYNX, dtype=p.dtype)
     larynx = (larynx[:, 0] + larynx[:, 1] * (p[..., [0, 6]] @ larynx[:, 2:].T)) / TEK_PER_CM
     larynx = larynx * torch.tensor([1, shape.pharynx_scale] * 2)
-    return dict(tongue=c["tongue"] + p[..., :4] @ c["factors"].T,
-                wall=c["wall"] - velum[..., None] * c["drop"],
+    tongue = c["tongue"] + p[..., :4] @ c["factors"].T
+    drop = torch.minimum(velum[..., None] * c["drop"], 0.6 * (c["wall"] - tongue).clamp(min=0))   # it yields to the tongue
+    return dict(tongue=tongue, wall=c["wall"] - drop,
                 protrusion=lips[..., 0], height=lips[..., 1], width=lips[..., 2], glottis=larynx,
                 jaw=JAW[1] / TEK_PER_CM * jaw, velum=velum)
 
@@ -186,12 +187,15 @@ def _tip(a, tongue, shape):
     reach = low[..., 0] + 0.14 - 0.6 * torch.sigmoid((tip[..., 1] - low[..., 1] - 0.1) / 0.05)
     return _xy(torch.maximum(tip[..., 0], reach), tip[..., 1])
 
-# %% ../../nbs/30_speaker/31_articulators.ipynb #1a74ac96
+# %% ../../nbs/30_speaker/31_articulators.ipynb #ba06b8be
 def _dental(a, tip, shape):
     "The line at the incisors: (outer, inner), each (..., 2); tongue tip or lower incisors, whichever leaves less room."
     low, edge, near = _lower_incisor(a, shape), _fixed(shape)["upper"], _clear(tip, shape)[1]
-    by_tip = torch.sigmoid(((low - edge).norm(dim=-1) - (tip - near).norm(dim=-1)) / 0.04)[..., None]
-    return edge + by_tip * (near - edge), low + by_tip * (tip - low)
+    bite, gap = ((u - v).norm(dim=-1, keepdim=True) for u, v in ((low, edge), (tip, near)))
+    by_tip = torch.sigmoid((bite - gap) / 0.04)
+    outer, inner = edge + by_tip * (near - edge), low + by_tip * (tip - low)
+    width = bite + by_tip * (gap - bite)
+    return outer, outer + width * torch.nn.functional.normalize(inner - outer, dim=-1)
 
 # %% ../../nbs/30_speaker/31_articulators.ipynb #ee69c857
 def _walls(a, shape):
@@ -315,17 +319,20 @@ def _velum_outline(a, wall, shape):
     back = _hull(torch.cat([oral[..., :1, :], hinge, nasal, end], -2), 30)
     return torch.cat([oral, back.flip(-2)], -2)
 
-# %% ../../nbs/30_speaker/31_articulators.ipynb #1c4e0675
+# %% ../../nbs/30_speaker/31_articulators.ipynb #337dbb6e
 def _lips(a, inner, outer, shape):
     "Closed outlines of the upper and the lower lip: flesh around the lip tube, hung on the upper and lower jaw."
     c, low, thick = _fixed(shape), _lower_incisor(a, shape), shape.lip_thickness_mm / 10 / shape.size
-    up, tube_in, tube_out = c["upper"].expand(low.shape), outer[..., -2, :], outer[..., -1, :]
+    flesh = lambda wall: (wall[..., -2, :], _xy(torch.minimum(wall[..., -1, 0], wall[..., -2, 0] - 0.45 * thick), wall[..., -1, 1]))
+    up, (tube_in, tube_out) = c["upper"].expand(low.shape), flesh(outer)
     d = lambda x, y: torch.tensor([x * thick, y])
-    upper = torch.stack([up + d(-.12, 1.25), up + d(-.12, .75), tube_in + d(.02, .1), tube_in + d(-.12, 0.), tube_out + d(.1, 0.),
+    away = _xy(torch.zeros(()), (tube_in - up)[..., 1] - 0.35).clamp(min=0)       # the fold behind the lip gives way
+    upper = torch.stack([up + d(-.12, 1.25) + away, up + d(-.12, .75) + away, tube_in + d(.02, .1), tube_in + d(-.12, 0.), tube_out + d(.1, 0.),
                          tube_out + d(-.22, .14), tube_out + d(-.3, .42), 0.5 * (tube_out + up) + d(-.62, 1.0),
                          up + d(-.95, 1.75), up + d(-.6, 2.0)], -2)
-    tube_in, tube_out = inner[..., -2, :], inner[..., -1, :]
-    lower = torch.stack([low + d(-.15, -1.2), low + d(-.15, -.6), tube_in + d(.02, -.1), tube_in + d(-.12, 0.), tube_out + d(.1, 0.),
+    tube_in, tube_out = flesh(inner)
+    away = _xy(torch.zeros(()), (tube_in - low)[..., 1] + 0.2).clamp(max=0)
+    lower = torch.stack([low + d(-.15, -1.2) + away, low + d(-.15, -.6) + away, tube_in + d(.02, -.1), tube_in + d(-.12, 0.), tube_out + d(.1, 0.),
                          tube_out + d(-.2, -.14), tube_out + d(-.28, -.45), 0.5 * (tube_out + low) + d(-.6, -.95),
                          low + d(-.85, -1.75), low + d(-.5, -1.8)], -2)
     return _closed(upper, 60), _closed(lower, 60)
