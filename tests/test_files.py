@@ -685,3 +685,24 @@ def test_pixels_of_encoded_and_reconstructed_space(good, tmp_path):
     scan = read_mrd(changed(good, tmp_path / "a.h5", None, finer))
     assert scan.im_size == (84, 84) and any("encoded" in n for n in scan.extras["notes"])
     assert read_mrd(good).extras["notes"] == []
+
+
+def test_measured_spiral_of_another_make(tmp_path):
+    "60 measured arms of a bottle phantom on a 360 grid, through an MRD file and back into a picture."
+    import scipy.io
+    m = scipy.io.loadmat(real("spiral_phantom", "spiral.mat"))
+    k = torch.as_tensor(np.stack([m["k"].real, m["k"].imag], -1).transpose(1, 0, 2).astype(np.float32))
+    data = torch.as_tensor(m["data"].transpose(1, 2, 0).astype(np.complex64))
+    w = torch.as_tensor(m["w"].T.astype(np.float32).copy())
+    write_mrd(tmp_path / "a.h5", Scan(data, torch.arange(60), k, w / w.max(), .02, (360, 360), (360., 360.)))
+    scan = read_mrd(tmp_path / "a.h5")
+    assert (scan.n_arms, scan.n_samples, scan.n_coils) == (60, 1182, 8) and scan.dcf_column is not None
+    f = cut_frames(scan)
+    images = [gridding(f.kspace, scan.ktraj, density(scan.ktraj, scan.im_size, c)[0], maps_of(f, scan, c), scan.im_size, f.arm).abs()[0] for c in (scan.dcf_column, None)]
+    a, b = (x / x.mean() for x in images)
+    assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > .95, "weights of the file and computed ones give the same picture"
+    assert float(torch.quantile(a, .95) / a.median()) > 4, "bright bottles on a dark ground"
+
+
+def maps_of(f, scan, column):
+    return estimate_smaps(scan.kspace, scan.arm, scan.ktraj, density(scan.ktraj, scan.im_size, column)[0], scan.im_size)
