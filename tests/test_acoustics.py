@@ -7,7 +7,9 @@ import pytest
 import torch
 from scipy import signal
 
+from sirem_nb.speaker.articulators import area_function
 from sirem_nb.speaker.acoustics import Voice, flows, formants, lpc_formants, resonances, synthesise, transfer_function
+from sirem_nb.speaker.utterances import VOWELS, utter
 
 MAEDA = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "maeda" / "area_vowels"
 # men: Calliope 1989 (French), /i/ Peterson & Barney 1952
@@ -49,6 +51,32 @@ def test_cardinal_vowels_shape_books_and_ear_agree(name):
     heard = lpc_formants(say(area, step)[3000:8500], 20000, 3).numpy()
     assert np.abs(shape / PUBLISHED[name] - 1).max() < 0.10
     assert np.abs(heard / shape - 1).max() < 0.10
+
+
+PETERSON_BARNEY = {"IY": (270, 2290, 3010), "IH": (390, 1990, 2550), "EH": (530, 1840, 2480), "AE": (660, 1720, 2410), "AA": (730, 1090, 2440),
+                   "AO": (570, 840, 2410), "UH": (440, 1020, 2240), "UW": (300, 870, 2240), "AH": (640, 1190, 2390)}   # men, 1952
+
+
+@pytest.mark.parametrize("vowel", PETERSON_BARNEY)
+def test_the_speakers_own_vowels_shape_books_and_ear_agree(vowel):
+    area, length, _ = area_function(torch.tensor([VOWELS[vowel] + [0]]))
+    shape = formants(area, length, 3)[0].numpy()
+    heard = lpc_formants(say(area[0].numpy(), length[0].numpy())[3000:8500], 20000, 3).numpy()
+    assert np.abs(shape / PETERSON_BARNEY[vowel] - 1).max() < 0.10
+    assert np.abs(heard / shape - 1).max() < 0.10
+
+
+def test_utterances_s_above_sh_nasal_murmur_and_silent_closures():
+    def middle(text, i=1):
+        u = utter(text)
+        area, length, port = area_function(u.params)
+        wave = synthesise(u.times_s, area, length, port, u.f0_hz, u.voicing, u.glottis_cm2, pressure=u.pressure)
+        a, b = u.phones[i][1:]
+        return wave[int((0.7 * a + 0.3 * b) * 20000):int((0.4 * a + 0.6 * b) * 20000)]
+    for v in ("AA", "IY"):
+        assert centroid(middle(f"[{v} S {v}]")) > centroid(middle(f"[{v} SH {v}]")) + 300
+    vowel, murmur, stop, voiced = (db(middle(t, i)) for t, i in (("[AA]", 0), ("[AA M AA]", 1), ("[AA P AA]", 1), ("[AA B AA]", 1)))
+    assert vowel > murmur > voiced > stop and murmur > vowel - 20 and stop < vowel - 45 and voiced < vowel - 25
 
 
 @pytest.mark.parametrize("length", [14.5, 17.5])

@@ -4,7 +4,7 @@
 __all__ = ['ITEMS', 'VirtualSpeaker', 'virtual_speaker', 'joined', 'perform', 'voice_of', 'truth_of', 'write_truth', 'read_truth',
            'CorpusSettings', 'record', 'simulate_corpus']
 
-# %% ../../nbs/30_speaker/36_corpus.ipynb #a998bc2b
+# %% ../../nbs/30_speaker/36_corpus.ipynb #9058d406
 import json
 import multiprocessing
 import os
@@ -15,21 +15,20 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import soundfile
 import torch
 from tqdm.auto import tqdm
 
 from ..data.frames import Recording, recording_of
-from ..data.mrd import replacing, write_json, write_mrd
+from ..data.mrd import new_hdf5, write_json, write_mrd
 from ..data.sync import write_movie
 from ..kspace.spiral import USC13
 from .acoustics import Voice, formants, synthesise
 from .anatomy import LABELS, Head
 from .articulators import PARAMETERS, SpeakerShape, area_function
-from .scanner import add_scanner_noise, recording_paths, scan_movie, true_pictures
+from .scanner import recording_paths, scan_movie, true_pictures, write_sound
 from .utterances import Utterance, pronounce, utter
 
-# %% ../../nbs/30_speaker/36_corpus.ipynb #807c8097
+# %% ../../nbs/30_speaker/36_corpus.ipynb #58078428
 @dataclass(frozen=True)
 class VirtualSpeaker:
     "One person: everything that stays the same from recording to recording."
@@ -46,7 +45,7 @@ class VirtualSpeaker:
     def head(self): return _head(self.shape, self.head_seed)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _head(shape, seed): return Head(shape, seed=seed)
 
 # %% ../../nbs/30_speaker/36_corpus.ipynb #841c66e1
@@ -141,7 +140,7 @@ def truth_of(
             "f0_hz": np.interp(times, utterance.times_s, utterance.f0_hz), "voicing": np.interp(times, utterance.times_s, utterance.voicing),
             "phones": utterance.phones}
 
-# %% ../../nbs/30_speaker/36_corpus.ipynb #ce32c9d8
+# %% ../../nbs/30_speaker/36_corpus.ipynb #7e776145
 def write_truth(
     path,      # the .h5 to write
     truth,     # as truth_of gives it
@@ -149,7 +148,7 @@ def write_truth(
 ):
     "Write a truth file, in one step."
     names = {"labels": LABELS, "parameters": list(PARAMETERS)}
-    with replacing(path) as tmp, h5py.File(tmp, "w") as f:
+    with new_hdf5(path) as f:
         for key, value in truth.items():
             if key == "contours":
                 for name, points in value.items(): f.create_dataset(f"contours/{name}", data=points, compression="lzf")
@@ -171,7 +170,7 @@ def read_truth(
         if "phones" in f: truth["phones"] = [(p.decode(), float(a), float(b)) for p, a, b in f["phones"][:]]
         return truth | {f"{k}_names": json.loads(f[k].attrs["names"]) for k in ("labels", "parameters") if k in f}
 
-# %% ../../nbs/30_speaker/36_corpus.ipynb #1bfff54e
+# %% ../../nbs/30_speaker/36_corpus.ipynb #32950330
 @dataclass(frozen=True)
 class CorpusSettings:
     "What all recordings of a data set have in common."
@@ -185,9 +184,8 @@ class CorpusSettings:
     scanner_noise_db: float | None = None   # loudness of the scanner in the sound, relative to the speech
     video: bool = False              # also an mp4 of the truth with its sound
     oversample: int = 2
-    rate: int = 20000                # of the sound, Hz
 
-# %% ../../nbs/30_speaker/36_corpus.ipynb #040cfb06
+# %% ../../nbs/30_speaker/36_corpus.ipynb #12afa078
 def record(
     speaker,        # VirtualSpeaker
     files,          # Recording: where to write
@@ -203,12 +201,11 @@ def record(
     picture = lambda times: head.render(u.at(times), protocol.matrix * c.oversample, protocol.fov_mm)
     scan = scan_movie(picture, u.duration_s, protocol, c.n_coils, c.snr, int(np.random.default_rng([speaker.seed, seed, 1]).integers(2**31)), c.transient,
                       c.off_resonance_hz, c.oversample, c.arms, coil_seed=speaker.coil_seed)
-    wave = voice_of(u, speaker, c.rate, seed)[:int(scan.duration_s * c.rate)]
-    if c.scanner_noise_db is not None: wave = add_scanner_noise(wave, c.rate, protocol.tr_s, c.scanner_noise_db, speaker.coil_seed, protocol)
-    with replacing(files.audio) as tmp: soundfile.write(tmp, np.asarray(wave), c.rate)
+    wave = voice_of(u, speaker, seed=seed)[:int(scan.duration_s * 20000)]
+    wave = write_sound(files.audio, wave, 20000, c.scanner_noise_db, speaker.coil_seed, protocol)
     truth = truth_of(u, speaker, scan.n_acq, protocol, c.oversample, head)
     write_truth(files.truth, truth, pixel_mm=np.asarray(scan.pixel_mm), speaker=speaker.name)
-    if c.video: write_movie(files.video, truth["frames"].astype(np.float32), 1 / (2 * scan.tr_s), np.asarray(wave), c.rate)
+    if c.video: write_movie(files.video, truth["frames"].astype(np.float32), 1 / (2 * scan.tr_s), wave, 20000)
     write_mrd(files.raw, scan)
     return recording_of(files.raw)
 
@@ -237,7 +234,7 @@ def _same_plan(path, plan):
     if other: raise ValueError(f"{path} was made with other settings ({', '.join(other)}); choose another folder, or delete this one")
     if len(plan["speakers"]) >= len(old["speakers"]): write_json(path, plan)
 
-# %% ../../nbs/30_speaker/36_corpus.ipynb #534b77be
+# %% ../../nbs/30_speaker/36_corpus.ipynb #b68d8a38
 def simulate_corpus(
     out,               # folder of the data set
     n_speakers=4,
@@ -251,6 +248,7 @@ def simulate_corpus(
 ):                     # list of Recording
     "A data set of virtual speakers in the layout of USC 75-speaker; goes on where an earlier run stopped. ValueError for words nobody can say."
     words = tuple(words or ITEMS)
+    if n_speakers < 1 or recordings < 1: raise ValueError(f"{n_speakers} speakers with {recordings} recordings each; expected at least one of each")
     for item in words: pronounce(item)
     c, out = CorpusSettings(words=words, **settings), Path(out)
     people = [virtual_speaker(1000 * seed + s, f"sub{s + 1:03d}") for s in range(n_speakers)]
