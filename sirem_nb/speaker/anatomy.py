@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['TISSUES', 'MIXTURES', 'LEVEL', 'STEP', 'HALF', 'SIDE', 'X', 'Y', 'LABELS', 'SLANT_MM', 'ernst', 'tissue_signal',
-           'coverage', 'curve', 'band', 'oval', 'fill', 'Canvas', 'grain', 'mottle', 'fan', 'Person', 'person',
+           'coverage', 'curve', 'oval', 'band', 'fill', 'Canvas', 'grain', 'mottle', 'fan', 'Person', 'person',
            'to_scanner', 'landmarks', 'skin_line', 'face_line', 'paint_skull', 'paint_vertebrae', 'paint_airway_haze',
            'paint_spine', 'paint_pharynx', 'paint_nose', 'paint_maxilla', 'tongue_texture', 'paint_neck', 'paint_floor',
            'paint_lip', 'paint_jaw', 'wobble', 'paint_all', 'thin_plate', 'rigid', 'resample', 'moving_parts',
@@ -21,13 +21,13 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinat
 
 from .articulators import SpeakerShape, tract
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #a42472f3
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #2cb850a5
 # proton density (water = 1), T1 and T2* in ms at 1.5 T
 TISSUES = {"fat": (.95, 300, 40), "marrow": (.75, 340, 8), "muscle": (.80, 950, 30), "mucosa": (.90, 700, 30), "gland": (.90, 600, 30),
            "brain": (.75, 750, 60), "fluid": (1.0, 3500, 300), "disc": (.70, 1000, 10), "cartilage": (.60, 1000, 6),
            "bone": (.20, 300, .5), "tooth": (.05, 300, .3)}
 # what a 6 mm slice holds where no tissue is pure: shares
-MIXTURES = {"tongue": dict(muscle=.7, fat=.3), "lip": dict(fat=.35, muscle=.4, mucosa=.25), "pad": dict(fat=.6, muscle=.4),
+MIXTURES = {"tongue": dict(muscle=.74, fat=.26), "lip": dict(fat=.35, muscle=.4, mucosa=.25), "pad": dict(fat=.6, muscle=.4),
             "skin": dict(fat=.35, muscle=.45, bone=.2), "septum": dict(mucosa=.6, cartilage=.2, fat=.1, bone=.1)}
 
 
@@ -70,36 +70,33 @@ def coverage(
     out[:, lo:hi] = inside.view(t, hi - lo, ss, nx).mean(2)
     return out
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #22273b66
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #179107f9
 def curve(points, n=80, closed=False):
     "A smooth curve through points (k, 2), sampled at n equal steps."
-    p = np.asarray(points, float)
-    p = p[np.r_[True, np.linalg.norm(np.diff(p, axis=0), axis=1) > 1e-6]]
+    p = np.asarray(points, float)[np.r_[True, np.linalg.norm(np.diff(points, axis=0), axis=1) > 1e-6]]
     if closed: p = np.vstack([p[:-1] if np.allclose(p[0], p[-1]) else p, p[:1]])
     s = np.r_[0, np.cumsum(np.sqrt(np.linalg.norm(np.diff(p, axis=0), axis=1)))]
     f = CubicSpline(s, p, bc_type="periodic" if closed else "natural")(np.linspace(0, s[-1], 20 * len(p)))
     d = np.r_[0, np.cumsum(np.linalg.norm(np.diff(f, axis=0), axis=1))]
-    u = np.linspace(0, d[-1], n + 1)[:n] if closed else np.linspace(0, d[-1], n)
-    return np.stack([np.interp(u, d, f[:, 0]), np.interp(u, d, f[:, 1])], 1)
+    return np.stack([np.interp(np.linspace(0, d[-1], n, endpoint=not closed), d, x) for x in f.T], 1)
+
+
+def oval(x, y, a, b, turn_deg=0.):
+    "Outline of an ellipse with half axes a, b."
+    th = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    z = (a * np.cos(th) + 1j * b * np.sin(th)) * np.exp(1j * math.radians(turn_deg))
+    return np.stack([x + z.real, y + z.imag], 1)
 
 
 def band(points, width, n=60):
     "Outline of a stroke along points (k, 2) whose width (mm, one or several numbers) may vary."
-    p = curve(points, n)
+    p, w = curve(points, n), np.atleast_1d(width)
     d = np.gradient(p, axis=0)
     normal = np.stack([-d[:, 1], d[:, 0]], 1) / np.linalg.norm(d, axis=1, keepdims=True)
-    w = np.atleast_1d(width)
     half = np.interp(np.linspace(0, 1, n), np.linspace(0, 1, len(w)), w)[:, None] / 2
     return np.vstack([p + half * normal, (p - half * normal)[::-1]])
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #f89241fb
-def oval(x, y, a, b, turn_deg=0.):
-    "Outline of an ellipse with half axes a, b."
-    th, c, s = np.linspace(0, 2 * np.pi, 40, endpoint=False), math.cos(math.radians(turn_deg)), math.sin(math.radians(turn_deg))
-    u, v = a * np.cos(th), b * np.sin(th)
-    return np.stack([x + c * u - s * v, y + s * u + c * v], 1)
-
-
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #728439e4
 STEP, HALF = 0.5, 125.                       # rest pictures: mm per pixel, half the width
 SIDE = int(2 * HALF / STEP)
 X, Y = np.meshgrid(*[np.float32((np.arange(SIDE) - SIDE / 2 + .5) * STEP)] * 2)
@@ -107,32 +104,36 @@ X, Y = np.meshgrid(*[np.float32((np.arange(SIDE) - SIDE / 2 + .5) * STEP)] * 2)
 
 def fill(outline, soft_mm=.6):
     "Share of each pixel of a rest picture inside an outline (n, 2) mm, with a soft border."
-    pixels = torch.as_tensor(np.float32((np.asarray(outline) + HALF) / STEP - .5))[None]
-    return gaussian_filter(coverage(pixels, SIDE, SIDE, 2)[0].numpy(), soft_mm / STEP)
+    p, pad = np.float32((np.asarray(outline) + HALF) / STEP - .5), 3 * soft_mm / STEP + 2
+    (x0, y0), (x1, y1) = np.clip(p.min(0) - pad, 0, SIDE).astype(int), np.clip(p.max(0) + pad, 0, SIDE).astype(int)
+    out = np.zeros((SIDE, SIDE), np.float32)
+    share = coverage(torch.as_tensor(p - [x0, y0])[None].float(), y1 - y0, x1 - x0, 2)[0].numpy()
+    out[y0:y1, x0:x1] = gaussian_filter(share, soft_mm / STEP, truncate=3, mode="nearest")
+    return out
+
 
 class Canvas:
     "A rest picture that is painted layer upon layer."
     def __init__(self, within=1.): self.image, self.within = np.zeros((SIDE, SIDE), np.float32), within
     def put(self, outline, value, soft_mm=.6, strength=1.):
         "Cover what is there with `value` (a number or a picture) inside the outline."
-        c = fill(outline, soft_mm) * strength * self.within
-        self.image = self.image * (1 - c) + np.float32(value) * c
+        self.image += fill(outline, soft_mm) * strength * self.within * (np.float32(value) - self.image)
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #5b710196
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #05f5e086
 def grain(rng, scales=((1.2, .5), (2.5, .7), (6., 1.))):
     "Seeded noise of unit variance on several scales: (mm, weight)."
     out = 0
     for mm, weight in scales:
-        k = max(int(mm / STEP / 2), 1)                                 # coarse grid for coarse grain
-        g = gaussian_filter(rng.standard_normal((SIDE // k + 2, SIDE // k + 2), dtype=np.float32), mm / STEP / k, mode="wrap")
-        yx = np.arange(SIDE, dtype=np.float32) / k
-        out = out + weight * map_coordinates(g / g.std(), np.meshgrid(yx, yx, indexing="ij"), order=1)
+        n = SIDE // max(int(mm / STEP / 2), 1)                             # coarse grid for coarse grain
+        g = gaussian_filter(rng.standard_normal((n, n), dtype=np.float32), mm / (2 * HALF) * n, mode="wrap", truncate=3)
+        g = F.interpolate(torch.as_tensor(g / g.std())[None, None], size=(SIDE, SIDE), mode="bilinear", align_corners=True)[0, 0]
+        out = out + weight * g.numpy()
     return out / math.sqrt(sum(w * w for _, w in scales))
 
 
 def mottle(rng, amount, scales=((1.2, .5), (2.5, .7), (6., 1.))):
     "Positive grain of mean 1: what a value is multiplied by so that a tissue does not look like plastic."
-    return np.exp(amount * grain(rng, scales) - amount ** 2 / 2)
+    return np.clip(np.exp(amount * grain(rng, scales) - amount ** 2 / 2), .45, 1.6)
 
 
 def fan(rng, centre, mm_across=2.2, mm_along=20., reach=120.):
@@ -165,15 +166,15 @@ class Person:
     coil_y_mm: float = 0.
     lips: float = 1.              # brightness
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #26e69ef3
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #549e4b5d
 def person(seed=0):
     "A seeded person."
     r = np.random.default_rng([33, seed])
     n = lambda mean, sd, lo, hi: float(np.clip(r.normal(mean, sd), lo, hi))
     return Person(tilt_deg=n(-3, 5, -12, 7), x_mm=n(8, 3, 2, 14), y_mm=n(-11, 4, -18, -3), nose_mm=n(19, 2.5, 14, 25), nose_rise_mm=n(8, 3, 2, 14),
                   bridge_mm=n(18, 4, 10, 26), fat=n(1, .25, .6, 1.6), neck_lean=n(.45, .2, 0, .9), crease_mm=n(7, 4, 0, 15), fibres=n(1, .3, .4, 1.6), rough=n(1, .2, .6, 1.5),
-                  marrow=n(1, .2, .6, 1.4), brain=n(.9, .3, .3, 1.4), sinus_mm=n(9, 2, 5, 13), vertebra_mm=n(17, 1, 15, 19.5),
-                  depth_mm=n(98, 6, 88, 112), coil_x_mm=n(-38, 6, -50, -28), coil_y_mm=n(2, 9, -15, 20), lips=n(.95, .08, .8, 1.1))
+                  marrow=n(.95, .15, .6, 1.2), brain=n(.9, .3, .3, 1.4), sinus_mm=n(9, 2, 5, 13), vertebra_mm=n(17, 1, 15, 19.5),
+                  depth_mm=n(98, 5, 89, 108), coil_x_mm=n(-38, 4, -46, -30), coil_y_mm=n(2, 9, -15, 20), lips=n(.98, .06, .85, 1.1))
 
 
 def to_scanner(
@@ -186,32 +187,33 @@ def to_scanner(
     shift = torch.tensor([who.x_mm, who.y_mm])
     return {k: (v.float() * torch.tensor([10., -10.])) @ turn + shift for k, v in contours.items()}
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #cd645a58
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #8c16b6da
 def landmarks(c, who):
     "Points that the painters share, from the contours at rest {name: (n, 2)} mm."
     up, low, pal, jaw = c["upper_lip"], c["lower_lip"], c["palate"], c["jaw"]
+    wall, deep = c["pharynx"], c["pharynx"][c["pharynx"][:, 1] > c["larynx"][0, 1] + 1]
     split = int(np.argmax(np.linalg.norm(np.diff(c["larynx"], axis=0), axis=1))) + 1                  # rear wall | front wall
     f = c["larynx"][split]
     skin_up, skin_low = int(np.argmin(.8 * up[:, 1] + .6 * up[:, 0])), int(np.argmax(.8 * low[:, 1] - .6 * low[:, 0]))
     sub, gap, lean = up[skin_up] + [.5, 0], 10 + 4 * who.fat, who.neck_lean
-    hyoid, chin = c["hyoid"].mean(0), c["chin"]
+    hyoid, chin, n = c["hyoid"].mean(0), c["chin"], len(c["tongue"])
+    tip = int(.55 * n + np.argmin(c["tongue"][int(.55 * n):int(.92 * n), 0]))                        # foremost point before the floor of the mouth
     crease = np.array([f[0] - gap - 2, max(chin[-1, 1] + 4, hyoid[1] + 13) + who.crease_mm])
     neck = np.array([crease, [f[0] - gap + 4 * lean, max(f[1] - 2, crease[1] + 18)], [f[0] - gap + 20 * lean, f[1] + 34], [f[0] - gap + 45 * lean, 130.]])
     return dict(sub=sub, tip=sub + [-who.nose_mm, -who.nose_rise_mm], nasion=sub + [who.bridge_mm, -46.], pns=pal[0], edge=pal[-1],
-                back=jaw[np.argmax(jaw[:, 0])], low=jaw[np.argmax(jaw[:, 1])], gum=jaw[np.argmin(jaw[:, 1])], hyoid=hyoid, wall=c["pharynx"],
+                back=jaw[np.argmax(jaw[:, 0])], low=jaw[np.argmax(jaw[:, 1])], gum=jaw[np.argmin(jaw[:, 1])], hyoid=hyoid, wall=wall, low_wall=deep + np.linspace([0, 0], [7, 0], len(deep)),
                 front=f, chin=chin, neck=neck, pipe=np.array([[f[0] + 45 * lean, 130.], [c["larynx"][split - 1, 0] + 45 * lean, 130.]]), split=split,
-                skin_up=skin_up, skin_low=skin_low, tip_index=int(np.argmin(c["tongue"][:, 0])))
+                skin_up=skin_up, skin_low=skin_low, tip_index=tip)
 
 
 def skin_line(chin, neck, rest_chin):
     "Chin (t, n, 2) and neck (t, k, 2) joined by one smooth curve (t, 60, 2); its knots are spaced as they are at rest."
     join = lambda a, b: torch.cat([a[:, :-2:4], a[:, -1:], b], 1)
-    rest = join(rest_chin[None], neck[:1])[0]
-    s = F.pad((rest[1:] - rest[:-1]).norm(dim=-1), (1, 0)).cumsum(0).numpy()
+    s = F.pad(join(rest_chin[None], neck[:1])[0].diff(dim=0).norm(dim=-1), (1, 0)).cumsum(0).numpy()
     weights = CubicSpline(s, np.eye(len(s)))(np.linspace(0, s[-1], 60))
     return torch.as_tensor(weights, dtype=torch.float32) @ join(chin, neck)
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #c092a563
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #1d001420
 def face_line(k):
     "Profile of the face from the base of the nose up."
     sub, tip, nas = k["sub"], k["tip"], k["nasion"]
@@ -226,12 +228,12 @@ def paint_skull(cv, k, who, rng):
     brain = [nas + [18, -70], nas + [20, -26], top + [-4, -20], top + [14, -17], top + [27, -8], top + [42, 8], [80, top[1] + 26], [125, top[1] + 34], [125, -125]]
     cv.put(curve(brain, 150, True), LEVEL["brain"] * who.brain * coarse, 1.6)
     slope = np.array([top + [6, -11], top + [22, 0], top + [34, 18], top + [36, 30]])
-    cv.put(band(slope, [5, 9, 10, 6]), LEVEL["bone"], 1.)
-    cv.put(band(slope + [0, 1], [2, 5, 6, 2]), LEVEL["marrow"] * .8 * who.marrow * n, 1.2)
+    cv.put(band(slope, [5, 9, 10, 6]), LEVEL["bone"] * 2, 1.6, .8)
+    cv.put(band(slope + [0, 1], [2, 5, 6, 2]), LEVEL["marrow"] * .5 * who.marrow * n, 1.6)
     r = who.sinus_mm / 9
     cv.put(curve(top + np.array([[-9, -12], [1, -13], [9, -6], [8, 0], [-2, 2], [-10, -2]]) * r + [2, -2], 50, True), LEVEL["bone"] * .6, 1.4)
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #37c54ed6
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #73c68009
 def paint_vertebrae(cv, mid, who, rng):
     "Vertebral bodies along a line (n, 2): bright marrow in a dark shell, grey discs between, spinous processes behind."
     s = np.r_[0, np.cumsum(np.linalg.norm(np.diff(mid, axis=0), axis=1))]
@@ -242,7 +244,7 @@ def paint_vertebrae(cv, mid, who, rng):
         if at + height > 22:
             wide = rng.uniform(14, 16)
             cv.put(band(body(1.4), [wide + 1, wide - 1, wide + 1]), LEVEL["bone"], .9, .5)
-            cv.put(band(body(2.4), [wide - 2, wide - 3.5, wide - 2]), LEVEL["marrow"] * rng.uniform(.45, .65) * who.marrow * mottle(rng, .3), 1.5)
+            cv.put(band(body(2.4), [wide - 2, wide - 3.5, wide - 2]), LEVEL["marrow"] * rng.uniform(.42, .58) * who.marrow * mottle(rng, .2), 1.6)
             end = body(2)[-1]
             cv.put(oval(end[0] + 28 + 3 * rng.standard_normal(), end[1], rng.uniform(7, 11), 4, 25), LEVEL["marrow"] * .9, 1.6, .6)
         at += height
@@ -251,10 +253,10 @@ def paint_vertebrae(cv, mid, who, rng):
 def paint_airway_haze(cv, k, rng):
     "A 6 mm slice always holds a little of the curved walls: the airway is dark, not black, most so before the rear wall."
     out = [k["edge"] + [4, -2], .5 * (k["pns"] + k["edge"]) + [0, -6], k["pns"] + [4, -30], k["wall"][4], k["wall"][40], k["wall"][-1], k["front"], k["hyoid"], k["low"]]
-    cv.put(curve(out, 90, True), .05 * mottle(rng, .5, ((3., 1.), (7., 1.))), 4.)
+    cv.put(curve(out, 90, True), .05 * mottle(rng, .3, ((3., 1.), (7., 1.))), 4.)
     cv.put(band(k["wall"][20:] + [-2, 0], [3, 7, 8, 7, 5]), .13 * mottle(rng, .5, ((3., 1.), (7., 1.))), 2.5)
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #878f4d4f
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #9c2e28c8
 def paint_spine(cv, k, who, rng):
     "Behind the airway: muscles of the neck, vertebrae, cord in its fluid."
     n, wall = mottle(rng, .2 * who.rough, ((1.2, .5), (3, .8), (8., 1.))), k["wall"]
@@ -270,20 +272,20 @@ def paint_spine(cv, k, who, rng):
 def paint_pharynx(cv, k, who, rng):
     "Rear wall of the airway: mucosa, a dark fascia, prevertebral muscle."
     n, w = mottle(rng, .2 * who.rough), k["wall_line"]
-    cv.put(band(w + [5.2, 0], [3, 4, 5, 5, 5]), LEVEL["muscle"] * 1.1 * n, .8)
+    cv.put(band(w + [5.2, 0], [3, 4, 5, 5, 5]), LEVEL["muscle"] * n, 1., .8)
     cv.put(band(w + [2.9, 0], 1.), LEVEL["bone"] * 2.5, .8, .4)
-    cv.put(band(w + [1.3, 0], [3, 2.5, 2, 2.5, 2]), LEVEL["mucosa"] * .7 * n * mottle(rng, .3, ((8., 1.),)))
+    cv.put(band(w + [1.3, 0], [3, 2.5, 2, 2.5, 2]), LEVEL["mucosa"] * .6 * n * mottle(rng, .35, ((8., 1.),)), .8)
     wall = k["wall"]
-    cv.put(band(wall[:30] + [1.5, -1.2], [2, 6, 7, 4, 3]), LEVEL["gland"] * .8 * n, 1.2)      # adenoid
+    cv.put(band(wall[:30] + [1.5, -1.2], [2, 6, 7, 4, 3]), LEVEL["gland"] * .6 * n, 1.6, .8)  # adenoid
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #f4d25188
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #ba63c37b
 def paint_nose(cv, k, who, rng):
     "Nose: skin, tip, vestibule; inside, the septum with its streaks; above it thin bone and air cells."
     sub, tip, nas, pns, edge = (k[i] for i in ("sub", "tip", "nasion", "pns", "edge"))
     n, line = mottle(rng, .2 * who.rough), face_line(k)
-    rear = np.array([nas + [16, -76], nas + [18, -20], [.5 * nas[0] + .5 * pns[0], nas[1] - 6], [pns[0] - 4, nas[1] + 4], [pns[0] + 4, pns[1] - 22], [pns[0] - 1, pns[1] - 9]])
+    rear = np.array([nas + [16, -76], nas + [18, -20], [.5 * nas[0] + .5 * pns[0], nas[1] - 6], [pns[0] + 4, nas[1] + 4], [pns[0] + 10, pns[1] - 22], [pns[0] + 5, pns[1] - 9]])
     block = np.vstack([line, rear, [pns + [0, -2], edge + [4, -8], edge + [-4, -12]], [sub + [2, 2]]])
-    cv.within = fill(block, 1.5)
+    cv.within = fill(block, 1.5) / (1 + np.exp((X - pns[0] + 3 + 2.5 * grain(rng, ((5., 1.),))) / 2))   # the choana, at the back, has no sharp border
     high = 1 / (1 + np.exp((nas[1] + 4 - Y) / 5))                                                       # thin bone and air cells above
     cv.put(block, LEVEL["muscle"] * (.15 + .4 * high) * (mottle(rng, .4 * who.rough, ((2., .5), (4, 1.), (9, 1.)))))
     cv.put(oval(*(nas + [11, -14]), 5, 13, -15), LEVEL["bone"], 2., .9)                             # frontal sinus
@@ -300,7 +302,7 @@ def paint_nose(cv, k, who, rng):
     cv.put(band([sub + [3, -3], sub + [14, -7], sub + [34, -9], .4 * edge + .6 * pns + [0, -10]], [6, 5, 2.5, 1.5]), LEVEL["lip"] * .9 * n, 1.2, .8)
     cv.within = 1.
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #d8fbe066
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #b0c41bdc
 def paint_maxilla(cv, k, c, who, rng):
     "Upper jaw: nasal floor, bony palate, its mucosa, front of the bone with the incisor, base of the upper lip."
     sub, edge, pal = k["sub"], k["edge"], curve(c["palate"], 80)
@@ -310,14 +312,14 @@ def paint_maxilla(cv, k, c, who, rng):
     cv.put(band(hard[1:] + [0, -4.9], [2.5, 4, 5]), LEVEL["bone"] * 1.5, .8)
     cv.put(band(hard[12:] + [0, -4.9], [.4, 1.2, 2.6]), LEVEL["marrow"] * .55 * who.marrow * n, .8)
     bone = curve([edge + [-2, -9], edge + [-3, -18], sub + [9, 0], edge + [13, -25], pal[52] + [0, -4], pal[66] + [-1.5, -2], edge + [2.5, -10]], 80, True)
-    cv.put(bone, LEVEL["bone"] * 2.5, .9, .8)
-    cv.put((bone - bone.mean(0)) * .86 + bone.mean(0), LEVEL["marrow"] * .85 * who.marrow * mottle(rng, .4), 1.3)
+    cv.put(bone, LEVEL["bone"] * 2.5, 1., .5)
+    cv.put((bone - bone.mean(0)) * .86 + bone.mean(0), LEVEL["marrow"] * .85 * who.marrow * mottle(rng, .25), 1.3)
     cv.put(band(pal + [0, -1.3], [2.4, 2.6, 2.8, 3.2, 3., 2.]), LEVEL["mucosa"] * 1.05 * n, .8)
     cv.put(band([edge + [0, 0], edge + [-.3, -7], edge + [4, -19]], [3.5, 5.5, 2.5]), LEVEL["tooth"], .6)
     lip = np.vstack([sub + [-.5, 8], sub + [-1.5, -1], sub + [4, -8], sub + [15, -8], sub + [14, 2], edge + [-2.5, -12], edge + [-4, -7]])
     cv.put(lip, LEVEL["lip"] * who.lips * 1.1 * mottle(rng, .2), 1.2)
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #84b0c7e5
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #9d7735af
 def tongue_texture(c, k, who, rng):
     "Genioglossus fans out from the chin; longitudinal fibres and a brighter mucosa follow the surface."
     surface = fill(c["tongue"], .3) > .5
@@ -326,7 +328,7 @@ def tongue_texture(c, k, who, rng):
     r = np.hypot(X - origin[0], Y - origin[1])
     streaks = fan(rng, origin, 2.4, 20.) * np.exp(-((r - 34) / 26) ** 2)
     rings = np.exp(-((depth - 6) / 1.8) ** 2) - .7 * np.exp(-((depth - 10.5) / 2.5) ** 2)
-    v = 1 + .08 * who.fibres * streaks + .09 * who.rough * grain(rng, ((.9, 1.), (1.8, 1.))) + .09 * who.rough * grain(rng, ((2.5, 1.), (5., .7), (14., .6)))
+    v = 1 + .08 * who.fibres * streaks + .09 * who.rough * grain(rng, ((.9, 1.), (1.8, 1.))) + .065 * who.rough * grain(rng, ((2.5, 1.), (5., .6), (14., .6)))
     return LEVEL["tongue"] * np.clip(v - .08 * who.fibres * rings + .1 * np.exp(-(depth / 2.) ** 2), .2, 3)
 
 
@@ -343,14 +345,14 @@ def paint_neck(cv, k, c, skin, who, rng):
     cv.put(band(skin[16:] + [1., -4 * who.fat], 1.3, 90), LEVEL["muscle"] * 1.2 * n, 1., .6)          # platysma
     cv.put(band(skin + [.3, -.5], [2.5, 3, 3, 3, 3, 2.5, 2.5], 90), LEVEL["skin"] * .75 * n, 1., .85)
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #6a37494c
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #bffde370
 def paint_floor(cv, k, c, who, rng):
     "Floor of the mouth: geniohyoid between two bright septa, mylohyoid, hyoid bone, fat before the epiglottis."
     n, g, h, low = mottle(rng, .22 * who.rough), k["back"] + [-3, 8], k["hyoid"], k["low"]
     root, base, mid = c["tongue"][0], c["larynx"][-1], .5 * (g + h)
     cv.put(np.vstack([[g + [0, -3], low], k["chin"][::-1][:20], [h + [0, 14], h + [7, -3]]]), LEVEL["muscle"] * 1.15 * n, 1.5)
     cv.put(band([g + [0, -3], mid + [0, -4.5], h + [-3, -7]], [2, 2, 3]), LEVEL["muscle"] * .5, 1., .8)
-    cv.put(band([g + [0, -1], mid + [0, -1.5], h + [-3, -4]], [2.5, 3.5, 4]), LEVEL["pad"] * 1.05 * n, 1., .9)
+    cv.put(band([g + [0, -1], mid + [0, -1.5], h + [-3, -4]], [2.5, 3.5, 4]), LEVEL["pad"] * .95 * n, 1.1, .85)
     cv.put(band([g + [0, 4], mid + [0, 3], h + [-4, 0]], [3, 4.5, 3.5]), LEVEL["muscle"] * n, .9)
     cv.put(band([low + [1, -1], mid + [0, 6.5], h + [-4, 4]], 2.2), LEVEL["bone"] * 1.5, 1., .85)
     cv.put(curve([h + [5, -2], root + [-1, 1], base + [-1, 0], base + [-3, 8], h + [5, 12]], 50, True), LEVEL["pad"] * .85 * n, 1.2)
@@ -366,7 +368,7 @@ def paint_lip(cv, lip, who, rng):
     cv.put((lip - mid) * .5 + mid + [1.5, 0], LEVEL["muscle"] * 1.4 * n, 1.5, .7)
     cv.put(band(np.vstack([lip, lip[:1]]), 1.6), LEVEL["skin"] * 1.2 * n, .7, .5)
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #6b712085
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #08b79fa0
 def paint_jaw(cv, k, c, who, rng):
     "Mandible, lower incisor, chin, lower lip and the glands under the tip of the tongue."
     jaw, lip, chin, t = c["jaw"], c["lower_lip"], c["chin"], c["lower_teeth"]
@@ -380,7 +382,7 @@ def paint_jaw(cv, k, c, who, rng):
         cv.put(band([a, a + [-4, 4], a + [-7, 9]], 1.2), LEVEL["muscle"] * 1.2, .8, .5)
     cv.put(curve(jaw, 80, True), LEVEL["bone"], .8)
     core = (jaw - jaw.mean(0)) * [.5, .62] + jaw.mean(0) + [.5, 4]
-    cv.put(curve(core, 60, True), LEVEL["marrow"] * .85 * who.marrow * mottle(rng, .35), 1.2)
+    cv.put(curve(core, 60, True), LEVEL["marrow"] * .85 * who.marrow * mottle(rng, .2), 1.2)
     cv.put(band([t[0], t[[1, 5]].mean(0), t[[2, 4]].mean(0), t[3]], [3., 5, 5, 2]), LEVEL["tooth"], .6)
     paint_lip(cv, lip, who, rng)
 
@@ -413,11 +415,11 @@ def paint_all(c, k, who, seed):
                "epiglottis": LEVEL["muscle"] * n, "velum": LEVEL["gland"] * .9 * n}
     return {name: np.float32(image) for name, image in painted.items()}
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #46beacf6
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #b8de3952
 def thin_plate(
     now, rest,        # (t, n, 2) control points: where they are, where they came from (mm)
     at,               # (m, 2) points to carry back
-    stiff=2e-2,       # 0: passes exactly through the control points
+    stiff=.2,         # 0: passes exactly through the control points
 ):                    # (t, m, 2) where the material at `at` lies at rest
     "Thin-plate spline (Bookstein 1989): the smoothest map that carries `now` to `rest`."
     t, n = now.shape[:2]
@@ -470,14 +472,14 @@ def _body_part(c, k, genial, hyoid, neck, pipe):
                          hyoid, genial, c["tongue"][:, [0, -1]]], 1)
     return outline, control
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #cd4efa40
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #2be772c2
 def moving_parts(c, rest, k):
     "Outline (t, n, 2) and control points (t, m, 2) of each moving part, back to front."
     fixed = lambda p: torch.as_tensor(np.asarray(p, np.float32)).expand(len(c["tongue"]), -1, -1)
     turn, shift = rigid(rest["jaw"], c["jaw"])
     genial = torch.as_tensor(np.float32([k["back"] + [-1, 3], k["back"] + [-2, 9]])) @ turn + shift
     neck, pipe, hyoid = fixed(k["neck"]), fixed(k["pipe"]), c["hyoid"].mean(1, keepdim=True)
-    rear, wall = c["larynx"][:, :k["split"]], fixed(k["wall"][-26:] + np.linspace([-1, 0], [7, 0], 26))
+    rear, wall = c["larynx"][:, :k["split"]], fixed(k["low_wall"])
     closed = lambda name, n: (c[name], _pick(c[name][:, :-1], n))
     lip, still = closed("upper_lip", 14), fixed([k["sub"] + [-4, -4], k["sub"] + [12, -4], k["edge"] + [6, -8]])
     return {"larynx": (torch.cat([rear, pipe[:, 1:], wall.flip(1)], 1), torch.cat([_pick(rear, 8), pipe[:, 1:], _pick(wall, 5)], 1)),
@@ -492,7 +494,7 @@ LABELS = {"tongue": 1, "upper_lip": 2, "lower_lip": 3, "jaw": 4, "palate": 5, "v
 def still_regions(k, palate):
     "Outlines of what never moves: {label: (n, 2)} mm, later ones over earlier ones."
     wall, nose = k["wall"], [face_line(k), [[20, -125]], [k["pns"] + [2, -5]], palate, [k["edge"] + [-4, -12]], [k["sub"]]]
-    return {"back": np.vstack([wall, [[125, 125], [125, -125], [20, -125], [16, -92]]]), "nose": np.vstack(nose),
+    return {"back": np.vstack([wall, [wall[-1] + [6, 60], [125, 125], [125, -125], [20, -125], [16, -92]]]), "nose": np.vstack(nose),
             "pharynx": np.vstack([wall, wall[::-1] + [5, 0]]), "palate": np.vstack([palate, palate[::-1] + [0, -7]])}
 
 # %% ../../nbs/30_speaker/33_anatomy.ipynb #58b1ec42
