@@ -280,3 +280,14 @@ def test_bad_input_has_one_line_errors(corpus, tmp_path):
     with pytest.raises(FileNotFoundError, match="no trained fusion model"): T.evaluate_fusion(recs, tmp_path / "data")
     os.unlink(recs[0].audio)
     with pytest.raises(ValueError, match="no audio"): T.prepare(tmp_path / "data", 5, cache=tmp_path / "cache")
+
+
+def test_gridding_as_target_is_said_and_gives_no_infinite_score(corpus, tmp_path):
+    "Gridding judged by itself has no PSNR; every record says what the target was."
+    T.train_fusion(corpus / "data", tmp_path / "run", 5, SPLIT, cache=corpus / "cache", constant=False, **{**SMALL, "epochs": 1, "target": "gridding"})
+    records = T.evaluate_fusion(corpus / "data", tmp_path / "run", tmp_path, cache=corpus / "cache", max_frames=4)
+    assert all(np.isfinite(r["value"]) and r["target"] == "gridding" and r["region"] == "frame" for r in records)
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["map_from"] == "motion"
+    psnr = lambda m: [r["value"] for r in records if r["method"] == m and r["metric"] == "psnr"]
+    assert all(v > 80 for v in psnr("gridding")) and psnr("sirem") and max(psnr("sirem")) < 60
+    assert {r["n"] for r in records if r["table"] == "fusion"} == {4}

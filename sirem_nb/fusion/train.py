@@ -443,7 +443,7 @@ def all_rows(
     rows = {name: (torch.cat(x), notes[name]) for name, x in films.items()}
     return {"gridding": rows.pop("gridding"), "mean-image": (model.mean_image.expand(len(i), *model.config.im_size), "mean picture of the training set"), **rows}
 
-# %% ../../nbs/60_fusion/66_train.ipynb #81cb6924
+# %% ../../nbs/60_fusion/66_train.ipynb #0fd4541f
 def score_rows(
     rows,            # {row: (frames, note)}
     p,               # Prepared
@@ -451,7 +451,7 @@ def score_rows(
     arms_per_frame,
     which,           # articulators that are scored together
 ):                   # list of flat records
-    "Scores of every row, one number a record."
+    "Scores of every row, one number a record; a score that does not exist (a target judged by itself, no articulator in sight) has none."
     target, labels, out = p.target(i), p.labels(i), []
     regions = {"frame": None} if labels is None else {"frame": None, "articulators": mask_map(labels, p.reference["names"], which) > 0}
     for method, (x, note) in rows.items():
@@ -459,7 +459,7 @@ def score_rows(
             for metric, value in scores(x, target, 1.0, mask).items():
                 out.append({"table": "fusion", "method": method, "arms_per_frame": arms_per_frame, "subject": p.recording.subject, "recording": p.recording.name, "region": region,
                             "metric": metric, "value": value, "n": len(i), "target": p.reference["kind"], "note": note})
-    return out
+    return [r for r in out if np.isfinite(r["value"])]
 
 # %% ../../nbs/60_fusion/66_train.ipynb #124fce7b
 def mean_records(
