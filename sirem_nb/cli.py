@@ -27,7 +27,7 @@ Data = Annotated[Path, typer.Argument(metavar="DATA", help="a data set in the la
 @app.callback()
 def _about(): pass
 
-# %% ../nbs/90_use/91_cli.ipynb #48a23556
+# %% ../nbs/90_use/91_cli.ipynb #8530bf40
 def numbers(
     text,   # "0,3,7", or None
     name,   # the option, for the error
@@ -45,6 +45,7 @@ def positive(
     if value is not None and not value > 0: raise ValueError(f"{name} {value}: expected a number above 0")
     return value
 
+# %% ../nbs/90_use/91_cli.ipynb #37550ebb
 def one_of(
     value,  # what was given
     known,  # what there is
@@ -183,7 +184,7 @@ def write_film(
     write_json(out/"recon.json", about)
     for f in ("recon.h5", "video.mp4", "recon.json"): print(f"wrote {out/f}")
 
-# %% ../nbs/90_use/91_cli.ipynb #03894e06
+# %% ../nbs/90_use/91_cli.ipynb #5f29fdfa
 @app.command(epilog="Example: sirem recon RAW.h5 --method gridding,sirem --checkpoint run --out recon")
 def recon(
     raw: Raw,
@@ -201,7 +202,8 @@ def recon(
     from sirem_nb.fusion.sirem import load_sirem
     methods = [one_of(m.strip(), METHODS, "--method") for m in method.split(",")]
     one_of(transient, ("auto", "keep", "drop"), "--transient"); positive(arms_per_frame, "--arms-per-frame")
-    model = load_sirem(checkpoint, pick_device(device)) if checkpoint else None
+    device = pick_device(device)
+    model = load_sirem(checkpoint, device) if checkpoint else None
     scan = read_mrd(raw); sound = _sound(scan, raw, audio)
     for m in methods: _recon(scan, sound, m, out/m if len(methods) > 1 else out, arms_per_frame, model, transient, raw)
 
@@ -264,7 +266,7 @@ def _train_fusion(data, out, arms_per_frame, split, resume, cache, device, encod
                  encoder_path=str(encoder_path) if encoder_path else None, **settings)
     print(f"wrote {out/'best'}")
 
-# %% ../nbs/90_use/91_cli.ipynb #864d5321
+# %% ../nbs/90_use/91_cli.ipynb #1ddf207a
 @app.command(epilog="Example: sirem evaluate data --run run --out tables")
 def evaluate(
     data: Data,
@@ -272,15 +274,16 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="folder: fusion.json, fusion.md, fusion.png")],
     part: Annotated[str, typer.Option(help="part of the run's split: train, val or test")] = "test",
     cache: Annotated[Path, typer.Option(help="where arm pictures are kept")] = None,
+    max_frames: Annotated[int, typer.Option(help="at most so many frames of a recording, evenly spaced; default: all")] = None,
     seed: Seed = 0,
 ):
     "The tables: every row (gridding, SIREM, its ablations and controls), over the frame and inside the articulators."
     from sirem_nb.fusion.train import evaluate_fusion
     from sirem_nb.report import write_tables
-    records = evaluate_fusion(data, run, out, one_of(part, ("train", "val", "test"), "--part"), cache)
+    records = evaluate_fusion(data, run, out, one_of(part, ("train", "val", "test"), "--part"), cache, positive(max_frames, "--max-frames"))
     for f in (out/"fusion.json", *write_tables(out, records)): print(f"wrote {f}")
 
-# %% ../nbs/90_use/91_cli.ipynb #d2d09686
+# %% ../nbs/90_use/91_cli.ipynb #eec3e308
 @app.command(epilog="Example: sirem demo --out out/demo")
 def demo(
     out: Annotated[Path, typer.Option(help="folder for everything")] = Path("out/demo"),
@@ -301,7 +304,7 @@ def demo(
     for name, A in (("13-arms", None), ("2-arms", 2)):
         _train_demo(data, out/"runs"/name, A, cache, pick_device(device), epochs, seed)
     spent["train"] = time.perf_counter() - start - sum(spent.values())
-    evaluate(data, out/"runs", out/"tables", "test", cache)
+    evaluate(data, out/"runs", out/"tables", "test", cache, max_frames=150)
     spent["evaluate"] = time.perf_counter() - start - sum(spent.values())
     print(demo_report(out, data, spent, cache))
 

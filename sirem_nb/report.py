@@ -159,16 +159,16 @@ def cross_table(
         if means: best[k] = (max if way == "up" else min)(means, key=means.get)
     return rows, cell, best
 
-# %% ../nbs/90_use/92_report.ipynb #9ec9a4ca
+# %% ../nbs/90_use/92_report.ipynb #d210a3f1
 def table_html(rows, cell, best, metrics, names=None):
     "A cross table as HTML; arguments as `cross_table` gives them, `names` {method: what to print}."
     arrow = {"up": "↑", "down": "↓"}
-    out = ["<table><thead><tr><th>method</th>" + "".join(f"<th>{html.escape(k)} {arrow[d]}</th>" for k, d in metrics.items()) + "</tr></thead><tbody>"]
+    out = ["<table><thead><tr><th>method</th>" + "".join(f"<th>{html.escape(k.upper())} {arrow[d]}</th>" for k, d in metrics.items()) + "</tr></thead><tbody>"]
     for m in rows:
         tds = []
         for k in metrics:
             if (m, k) not in cell: tds.append("<td>–</td>"); continue
-            mean, sd, n = cell[m, k]; text = f"{mean:.3g} <small>± {sd:.2g}</small>" if abs(mean) < 1 else f"{mean:.2f} <small>± {sd:.2f}</small>"
+            mean, sd, n = cell[m, k]; text = f"{mean:.2f} <small>± {sd:.2f}</small>" if k == "psnr" else f"{mean:.3f} <small>± {sd:.3f}</small>"
             tds.append(f"<td><b>{text}</b></td>" if best.get(k) == m else f"<td>{text}</td>")
         out.append(f"<tr><th>{html.escape((names or {}).get(m, m))}</th>{''.join(tds)}</tr>")
     return "\n".join(out) + "</tbody></table>"
@@ -176,7 +176,7 @@ def table_html(rows, cell, best, metrics, names=None):
 def table_md(rows, cell, best, metrics, names=None):
     "The same cross table as Markdown."
     arrow = {"up": "↑", "down": "↓"}
-    lines = ["| method | " + " | ".join(f"{k} {arrow[d]}" for k, d in metrics.items()) + " |", "|---" * (len(metrics) + 1) + "|"]
+    lines = ["| method | " + " | ".join(f"{k.upper()} {arrow[d]}" for k, d in metrics.items()) + " |", "|---" * (len(metrics) + 1) + "|"]
     for m in rows:
         tds = []
         for k in metrics:
@@ -185,13 +185,13 @@ def table_md(rows, cell, best, metrics, names=None):
         lines.append(f"| {(names or {}).get(m, m)} | " + " | ".join(tds) + " |")
     return "\n".join(lines)
 
-# %% ../nbs/90_use/92_report.ipynb #646594bb
+# %% ../nbs/90_use/92_report.ipynb #8dddcaee
 _STYLE = """body{font:16px/1.55 system-ui,sans-serif;color:#1d2730;background:#fff;max-width:1080px;margin:2.5rem auto;padding:0 1.2rem}
 h1{font-size:1.9rem;margin:0 0 .2rem}h2{font-size:1.25rem;margin:2.4rem 0 .4rem;border-top:1px solid #d9e0e6;padding-top:1.2rem}
 p{max-width:46rem}.lead{font-size:1.1rem;color:#43525e}figure{margin:1rem 0}figcaption{font-size:.85rem;color:#5f6b73;max-width:46rem}
 img,video{max-width:100%;height:auto;display:block}video{width:100%;background:#000;image-rendering:pixelated}
-table{border-collapse:collapse;font-size:.85rem;margin:.8rem 0;display:block;overflow-x:auto}th,td{padding:.28rem .7rem;text-align:right;border-bottom:1px solid #e6ebef;white-space:nowrap}
-th:first-child{text-align:left;font-weight:500}thead th{color:#43525e}small{color:#7b8790}code{font-size:.85em;background:#f2f5f7;padding:.1em .3em;border-radius:3px}
+table{border-collapse:collapse;font-size:.85rem;margin:.8rem 0;width:100%;max-width:52rem}th,td{padding:.28rem .7rem;text-align:right;border-bottom:1px solid #e6ebef;white-space:nowrap}
+td{font-variant-numeric:tabular-nums}th:first-child{text-align:left;font-weight:500;width:24rem}thead th{color:#43525e}small{color:#7b8790}code{font-size:.85em;background:#f2f5f7;padding:.1em .3em;border-radius:3px}
 .note{border-left:3px solid #c8553d;padding:.1rem 0 .1rem .9rem;max-width:46rem}"""
 
 def page(
@@ -292,13 +292,14 @@ def showcase(
     about = dict(zip(("wave", "rate"), read_audio(chosen[0].audio)), name=q.recording.name, arms=c.arms_per_frame, step_s=c.arms_per_frame*q.facts["tr_s"])
     return about | dict(times_s=q.centre_s[i].numpy(), movies={k: v.numpy() for k, v in movies.items()}, p=parts[0]["p_all"].numpy(), w=model.map.numpy())
 
-# %% ../nbs/90_use/92_report.ipynb #ece00717
+# %% ../nbs/90_use/92_report.ipynb #66f3d05b
 def show(
     case,       # of showcase
     folder,     # where its film is written
 ):              # str of HTML
     "The film with its sound, some frames, a line of pixels through time, the map and the arm weights."
-    t, step, movies = case["times_s"], case["step_s"], case["movies"]
+    t, step, top = case["times_s"], case["step_s"], float(np.quantile(case["movies"]["truth"], 0.995))
+    movies = {k: v/top for k, v in case["movies"].items()}                # for the eye only: the scores use [0, 1]
     n0 = max(round((t[0] - step/2)*case["rate"]), 0)
     path = Path(folder)/f"{case['arms']}-arms.mp4"
     write_movie(path, tiles(movies), 1/step, case["wave"][n0:n0 + round(len(t)*step*case["rate"])], case["rate"], scale=3)
@@ -306,7 +307,7 @@ def show(
     column = int((moving*(case["w"] > 0.3)).sum(0).argmax())
     return "\n".join([
         film(path, f"{case['name']}, {1/step:.1f} frames/s, with its sound. From the left: {', '.join(movies)}."),
-        picture(frames_figure({k: movies[k] for k in ("truth", "gridding", "SIREM")}, t, picks), "Each frame is scaled to [0, 1] by itself. Errors share one colour scale."),
+        picture(frames_figure({k: movies[k] for k in ("truth", "gridding", "SIREM")}, t, picks), "Each frame is scaled to [0, 1] by itself, then shown brighter. Errors share one colour scale."),
         picture(profile_figure(movies, t - t[0] + step/2, column, case["wave"][n0:], case["rate"]), f"Pixel column {column}, through the tongue, in every frame; time runs to the right."),
         picture(map_figure(case["w"], case["p"], movies["truth"].mean(0)), "Where SIREM listens to the sound (the mean mask of the training speakers), and how it weights the spiral arms.")])
 
@@ -319,7 +320,7 @@ def curves_of(
         if f.is_file(): return json.loads(f.read_text())["history"]
     raise FileNotFoundError(f"{run}: no curves.json in it; a folder that sirem train fusion wrote was expected")
 
-# %% ../nbs/90_use/92_report.ipynb #17536ac8
+# %% ../nbs/90_use/92_report.ipynb #d285b838
 def demo_report(
     out,        # the demo's folder, with runs/ and tables/fusion.json in it
     data,       # its data set
@@ -333,8 +334,9 @@ def demo_report(
     n = len(find_recordings(data)); subjects = len({r.subject for r in find_recordings(data)})
     facts = "".join(f"<li>{html.escape(v)}</li>" for v in verdict(records))
     tables = "".join(f"<p>{heading(a, region)}</p>{table_html(*t, METRICS, METHODS)}" for a, region, t in blocks(records))
-    sections = [(f"{case['arms']} arms per frame", show(case, out/"films")) for case in (showcase(data, r, cache) for r in runs.values())]
-    sections += [("Scores on the held-out speakers", "<p>Mean ± standard deviation over the recordings; bold is best, the oracle aside.</p>" + tables), ("What the numbers say", f"<ul>{facts}</ul>"),
+    sections = [("What the numbers say", f"<ul>{facts}</ul>" + picture(table_figure(records), "PSNR of each row; a dot is a recording of a held-out speaker, the bar their mean."))]
+    sections += [(f"{case['arms']} arms per frame", show(case, out/"films")) for case in (showcase(data, r, cache) for r in runs.values())]
+    sections += [("Scores on the held-out speakers", "<p>Mean ± standard deviation over the recordings; bold is best, the oracle aside.</p>" + tables),
                  ("Training", picture(curve_figure({k: curves_of(r) for k, r in runs.items()}), "Loss on the training speakers, PSNR on the validation speakers.")),
                  ("Time", "<p>" + ", ".join(f"{k}: {v:.0f} s" for k, v in spent.items()) + "</p>")]
     lead = f"{subjects} virtual speakers, {n} recordings: raw spiral k-space and sound from one geometry. SIREM was trained on some of the speakers and is judged on the others, against the true image."
