@@ -119,7 +119,7 @@ def _system(area, length, s, port=None, port_at=0.5, glottis_cm2=0.0, losses=Tru
         u = u + p / (drag + s * RHO * 0.3 / glottis_cm2)
     return u, lips, nostrils
 
-# %% ../../nbs/30_speaker/32_acoustics.ipynb #8bff2147
+# %% ../../nbs/30_speaker/32_acoustics.ipynb #4db9e1a5
 def _tubes(area_cm2, length_cm):   # -> two float64 tensors of one shape
     area, length = (torch.as_tensor(x).to(torch.float64) for x in (area_cm2, length_cm))
     if not bool(((area >= 0) & area.isfinite()).all() and ((length > 0) & length.isfinite()).all()):
@@ -127,7 +127,6 @@ def _tubes(area_cm2, length_cm):   # -> two float64 tensors of one shape
     if length.ndim and length.shape[-1] not in (1, area.shape[-1]):
         raise ValueError(f"{area.shape[-1]} areas but {length.shape[-1]} lengths; expected one length for each section")
     return torch.broadcast_tensors(area, length)
-
 
 def transfer_function(
     area_cm2,         # (..., section) glottis to lips; 0 = closed
