@@ -184,7 +184,7 @@ def write_film(
     write_json(out/"recon.json", about)
     for f in ("recon.h5", "video.mp4", "recon.json"): print(f"wrote {out/f}")
 
-# %% ../nbs/90_use/91_cli.ipynb #5f29fdfa
+# %% ../nbs/90_use/91_cli.ipynb #e01c9ed0
 @app.command(epilog="Example: sirem recon RAW.h5 --method gridding,sirem --checkpoint run --out recon")
 def recon(
     raw: Raw,
@@ -193,7 +193,7 @@ def recon(
     arms_per_frame: Annotated[int, typer.Option(help="default: a full rotation, or what the checkpoint was trained with")] = None,
     checkpoint: Annotated[Path, typer.Option(help="what sirem train fusion wrote")] = None,
     audio: Annotated[Path, typer.Option(help="the sound; default: the wav beside the raw file")] = None,
-    transient: Annotated[str, typer.Option(help="first frames, before the steady state: keep, drop, or auto (dropped in a real scan)")] = "auto",
+    transient: Annotated[str, typer.Option(help="first frames, before the steady state: keep, drop, or auto (dropped in a real scan that is long enough)")] = "auto",
     device: Device = "auto",
     seed: Seed = 0,
 ):
@@ -207,7 +207,7 @@ def recon(
     scan = read_mrd(raw); sound = _sound(scan, raw, audio)
     for m in methods: _recon(scan, sound, m, out/m if len(methods) > 1 else out, arms_per_frame, model, transient, raw)
 
-# %% ../nbs/90_use/91_cli.ipynb #04a68b3d
+# %% ../nbs/90_use/91_cli.ipynb #9585ebbe
 def _sound(scan, raw, audio):
     "The sound beside a scan, if any; what is odd about it goes to stderr."
     from sirem_nb.data.mrd import audio_trouble, find_audio
@@ -220,13 +220,13 @@ def _sound(scan, raw, audio):
 
 def _recon(scan, sound, method, out, arms_per_frame, model, transient, raw):
     "One method on one scan, timed and written."
-    from sirem_nb.data.frames import n_transient
+    from sirem_nb.data.frames import drops_transient, n_transient
     start = time.perf_counter()
     frames, centre_s = METHODS[method](scan, sound, arms_per_frame, model)
     spent, n = time.perf_counter() - start, len(frames)
     A = model.config.arms_per_frame if method == "sirem" else arms_per_frame or scan.n_arms
     begun = centre_s - A*scan.tr_s/2 + scan.tr_s/2 >= n_transient(scan)*scan.tr_s
-    if begun.any() and (transient == "drop" or (transient == "auto" and scan.origin == "scanner")): frames, centre_s = frames[begun], centre_s[begun]
+    if begun.any() and drops_transient(scan, {"keep": False, "drop": True}.get(transient, "auto")): frames, centre_s = frames[begun], centre_s[begun]
     about = dict(method=method, raw=str(raw), arms_per_frame=A, frames=len(frames), dropped_frames=n - len(frames), frames_per_s=1/(A*scan.tr_s),
                  ms_per_frame=1e3*spent/n, origin=scan.origin, n_coils=scan.n_coils, n_arms=scan.n_arms, matrix=list(scan.im_size))
     write_film(out, scan, frames.cpu(), centre_s, sound, method, about)

@@ -617,7 +617,7 @@ def test_frames_of_any_number_of_arms(arms):
 
 
 @pytest.mark.parametrize("origin, n_acq, arms, kept", [
-    ("scanner", 2703, 13, 191), ("scanner", 2703, 2, 1251), ("scanner", 100, 2, 25), ("scanner", 13, 13, 1), ("movie", 60, 2, 30), ("virtual speaker", 60, 13, 4)])
+    ("scanner", 2703, 13, 191), ("scanner", 2703, 2, 1251), ("scanner", 100, 2, 50), ("scanner", 400, 2, 100), ("scanner", 13, 13, 1), ("movie", 60, 2, 30), ("virtual speaker", 60, 13, 4)])
 def test_transient(origin, n_acq, arms, kept):
     scan = numbered(n_acq, origin, **({"transient": "simulated"} if origin == "virtual speaker" else {}))
     f = cut_frames(scan, arms)
