@@ -17,36 +17,36 @@ from scipy.interpolate import PchipInterpolator
 
 from .articulators import PARAMETERS, SpeakerShape, _fixed, area_function, openings, tract
 
-# %% ../../nbs/30_speaker/34_utterances.ipynb #2e326fe0
+# %% ../../nbs/30_speaker/34_utterances.ipynb #c0a59515
 # place, manner, opening in cm, voiced
 CONSONANTS = {
     "P": ("lips", "stop", 0.0, False), "B": ("lips", "stop", 0.0, True), "M": ("lips", "nasal", 0.0, True),
     "T": ("gum", "stop", 0.0, False), "D": ("gum", "stop", 0.0, True), "N": ("gum", "nasal", 0.0, True),
     "K": ("velum", "stop", 0.0, False), "G": ("velum", "stop", 0.0, True), "NG": ("velum", "nasal", 0.0, True),
     "CH": ("ridge", "affricate", 0.0, False), "JH": ("ridge", "affricate", 0.0, True),
-    "F": ("lips", "fricative", 0.10, False), "V": ("lips", "fricative", 0.10, True),
-    "TH": ("teeth", "fricative", 0.12, False), "DH": ("teeth", "fricative", 0.15, True),
+    "F": ("lips", "fricative", 0.09, False), "V": ("lips", "fricative", 0.09, True),
+    "TH": ("teeth", "fricative", 0.16, False), "DH": ("teeth", "fricative", 0.19, True),
     "S": ("gum", "fricative", 0.11, False), "Z": ("gum", "fricative", 0.12, True),
     "SH": ("ridge", "fricative", 0.14, False), "ZH": ("ridge", "fricative", 0.15, True),
     "L": ("gum", "liquid", 0.2, True), "R": ("arch", "liquid", 0.2, True),
     "W": ("lips", "glide", 0.3, True), "Y": ("palate", "glide", 0.3, True), "HH": (None, "breath", 0.0, False),
 }
 
-# %% ../../nbs/30_speaker/34_utterances.ipynb #25244dd9
+# %% ../../nbs/30_speaker/34_utterances.ipynb #5c975fbc
 PLACES = {"lips": (33,), "teeth": (31,), "gum": (29, 30), "ridge": (28,), "arch": (20,), "palate": (24,), "velum": (19, 20)}
 # what a consonant asks of the articulators that do not make its constriction: (like which vowel, how much)
-COLOUR = {"R": ("ER", 0.95), "W": ("UW", 0.9), "Y": ("IY", 0.8), "SH": ("UH", 0.4), "ZH": ("UH", 0.4), "CH": ("UH", 0.4),
-          "JH": ("UH", 0.4), "S": ("IH", 0.3), "Z": ("IH", 0.3), "L": ("OW", 0.35), "TH": ("IH", 0.8), "DH": ("IH", 0.8)}
+COLOUR = {"R": ("ER", 0.95), "W": ("UW", 0.9), "Y": ("IY", 0.8), "SH": ("UW", 0.6), "ZH": ("UW", 0.6), "CH": ("UW", 0.6),
+          "JH": ("UW", 0.6), "S": ("IH", 0.3), "Z": ("IH", 0.3), "L": ("OW", 0.35), "TH": ("IH", 0.8), "DH": ("IH", 0.8)}
 
-# %% ../../nbs/30_speaker/34_utterances.ipynb #d57e7d31
+# %% ../../nbs/30_speaker/34_utterances.ipynb #c02f951d
 # jaw, tongue body, tongue shape, tongue tip, lip height, lip protrusion, larynx
 VOWELS = {
-    "IY": [0.53, -2.08, 0.77, -1.71, 0.67, -0.79, -0.06], "IH": [0.37, -1.09, 0.58, -1.64, 0.33, -0.78, -0.01],
-    "EY": [-1.27, -1.37, 0.52, -1.6, 2.04, -1.5, 0.19], "EH": [-1.37, -0.53, 0.78, -1.28, 1.65, -0.76, 0.01],
-    "AE": [-2.9, -0.07, 0.33, -0.23, 2.09, -0.96, 0.05], "AA": [-1.65, 2.53, -2.32, -1.16, 1.13, -0.73, 0.0],
-    "AO": [-2.06, 3.0, 0.8, -2.87, -0.53, 0.03, 0.14], "OW": [-0.71, 2.16, 1.71, -2.2, -0.61, -0.0, 0.37],
-    "UH": [0.16, 1.73, 1.18, -0.85, -0.76, 0.49, -0.02], "UW": [-0.16, 2.17, 1.08, -3.0, -0.86, 2.82, -0.1],
-    "AH": [-1.24, 2.05, -0.28, -1.7, 0.28, -0.05, 0.11], "ER": [-0.13, 1.63, 1.75, 3.0, -0.03, 0.75, -0.12],
+    "IY": [0.78, -1.94, 0.89, -1.89, 0.89, -0.92, -0.07], "IH": [0.39, -1.04, 0.81, -1.75, 0.57, -0.92, 0.01],
+    "EY": [-0.91, -1.17, 0.61, -1.6, 1.99, -1.54, 0.29], "EH": [-1.28, -0.48, 0.89, -1.46, 1.64, -0.77, 0.03],
+    "AE": [-2.68, 0.04, 0.43, -0.41, 1.92, -0.88, 0.01], "AA": [-2.58, 2.48, -0.47, -2.59, 1.08, -0.74, 0.31],
+    "AO": [-1.1, 3.0, 1.25, -3.0, -0.3, -0.02, 0.55], "OW": [-0.51, 2.06, 1.68, -2.05, -0.63, -0.01, 0.87],
+    "UH": [0.19, 1.81, 1.06, -0.91, -0.76, 0.52, -0.04], "UW": [-0.22, 2.07, 1.19, -3.0, -0.84, 2.88, -0.19],
+    "AH": [-1.27, 1.93, -0.1, -1.73, 0.3, -0.05, 0.28], "ER": [-0.06, 1.59, 1.64, 3.0, -0.11, 0.84, -0.24],
     "AX": [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
 }
 
@@ -54,7 +54,7 @@ VOWELS = {
 GLIDES_TO = {"EY": ("EY", "IY"), "AY": ("AA", "IH"), "AW": ("AA", "UH"), "OY": ("AO", "IH"), "OW": ("OW", "UW")}
 REST = [0.6, -0.3, 0.3, -0.5, -1.7, 0.0, 0.0, 0.5]          # lips closed, breathing through the nose
 
-# %% ../../nbs/30_speaker/34_utterances.ipynb #54f2ecc2
+# %% ../../nbs/30_speaker/34_utterances.ipynb #2d0e3c87
 def _lines(label, closing, body=0.0):
     "The openings (see `openings`, numbered from line 6) that a consonant narrows."
     place = CONSONANTS[label][0]
@@ -70,12 +70,12 @@ def _goal(label, closing, context, rest):
     floor = np.full(28, max(0.25, degree + 0.06))
     if place == "lips": floor = np.minimum(floor, 0.8 * rest)              # the tongue is the vowel's
     at = [n - 6 for n in _lines(label, closing, context[1])]
-    goal[at], kind[at] = (-0.03, 2) if closing else (degree or 0.14, 1)
+    goal[at], kind[at] = (-0.12, 2) if closing else (degree or 0.14, 1)
     near = [n for k in at for n in (k - 1, k + 1) if 0 <= n < 28 and kind[n] == 0]
     floor[near] = 0.0 if closing else (degree or 0.14) + 0.05
     if closing: floor[25] = 0.0
     elif place == "gum": goal[23], floor[25] = goal[23] + 0.03, degree + 0.06   # the channel widens behind the tip
-    elif place == "ridge": floor[23:26] = goal[at].max() + 0.06
+    elif place == "ridge": floor[23:26] = 0.22, 0.32, 0.35                    # room between the ridge and the teeth
     elif place == "teeth": floor[20:25] = 0.45
     return goal, kind, floor
 
@@ -242,16 +242,16 @@ def _vowel_track(phones, times, lead):
     t, p = zip(*knots)
     return PchipInterpolator(t, np.array(p, float))(times)
 
-# %% ../../nbs/30_speaker/34_utterances.ipynb #6dca81ba
+# %% ../../nbs/30_speaker/34_utterances.ipynb #7283b869
 def _gestures(phones, releases, pace):
     "[(label, closing?, start, end)]: when each consonant must be in place."
-    out, free = [], dict(releases)
+    out, free, early = [], dict(releases), 0.018 / pace                       # contact lasts a little beyond the hold
     for i, (label, a, b) in enumerate(phones):
         if label not in CONSONANTS or label == "HH": continue
         manner, d = CONSONANTS[label][1], b - a
-        if manner == "stop": out.append((label, True, a, free[i]))
-        elif manner == "nasal": out.append((label, True, a, b))
-        elif manner == "affricate": out += [(label, True, a, a + 0.5 * d), (label, False, a + 0.6 * d, b - 0.08 * d)]
+        if manner == "stop": out.append((label, True, a + early, free[i] - early))
+        elif manner == "nasal": out.append((label, True, a + early, b - early))
+        elif manner == "affricate": out += [(label, True, a + early, a + 0.5 * d - early), (label, False, a + 0.6 * d, b - 0.08 * d)]
         elif manner == "fricative": out.append((label, False, a + 0.12 * d, b - 0.12 * d))
         else: out.append((label, False, a + 0.3 * d, b - 0.3 * d))
     return out
@@ -297,7 +297,7 @@ def _blend(vowels, gestures, targets, phones, times, pace):
         elif manner in ("stop", "fricative", "affricate"): add(_ramp(times, a, b, 0.06 / pace, 0.06 / pace), [0.0] * 8, [7])
     return above / below
 
-# %% ../../nbs/30_speaker/34_utterances.ipynb #e0133096
+# %% ../../nbs/30_speaker/34_utterances.ipynb #f7f52655
 def _source(phones, releases, times, pace):
     "Voicing (t,), glottis cm2 (t,), pressure (t,)."
     voicing, glottis, free = np.zeros_like(times), np.zeros_like(times), dict(releases)
@@ -312,7 +312,7 @@ def _source(phones, releases, times, pace):
         if manner == "stop" and not voiced:
             wide = 0.22 if b - free[i] > 0.035 / pace else 0.05
             glottis = np.maximum(glottis, wide * _ramp(times, free[i] - 0.01, free[i] + 0.4 * (b - free[i]), 0.05, 0.6 * (b - free[i]) + 0.01))
-        elif label == "HH": glottis = np.maximum(glottis, 0.18 * _ramp(times, a + 0.02, b - 0.03, 0.03, 0.04))
+        elif label == "HH": glottis = np.maximum(glottis, 0.14 * _ramp(times, a + 0.02, b - 0.03, 0.03, 0.04))
         elif manner in ("fricative", "affricate"):
             glottis = np.maximum(glottis, (0.06 if voiced else 0.22) * _ramp(times, a + 0.015, b - 0.02, 0.03, 0.03))
     window = np.hanning(max(3, int(0.025 / (times[1] - times[0])) | 1) + 2)
