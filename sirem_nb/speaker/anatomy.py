@@ -119,8 +119,8 @@ class Canvas:
         "Cover what is there with `value` (a number or a picture) inside the outline."
         self.image += fill(outline, soft_mm) * strength * self.within * (np.float32(value) - self.image)
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #05f5e086
-def grain(rng, scales=((1.2, .5), (2.5, .7), (6., 1.))):
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #ffa308b2
+def grain(rng, scales=((1.2, .6), (2.5, .8), (6., .7))):
     "Seeded noise of unit variance on several scales: (mm, weight)."
     out = 0
     for mm, weight in scales:
@@ -131,7 +131,7 @@ def grain(rng, scales=((1.2, .5), (2.5, .7), (6., 1.))):
     return out / math.sqrt(sum(w * w for _, w in scales))
 
 
-def mottle(rng, amount, scales=((1.2, .5), (2.5, .7), (6., 1.))):
+def mottle(rng, amount, scales=((1.2, .6), (2.5, .8), (6., .7))):
     "Positive grain of mean 1: what a value is multiplied by so that a tissue does not look like plastic."
     return np.clip(np.exp(amount * grain(rng, scales) - amount ** 2 / 2), .45, 1.6)
 
@@ -166,15 +166,15 @@ class Person:
     coil_y_mm: float = 0.
     lips: float = 1.              # brightness
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #549e4b5d
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #4c498caf
 def person(seed=0):
     "A seeded person."
     r = np.random.default_rng([33, seed])
     n = lambda mean, sd, lo, hi: float(np.clip(r.normal(mean, sd), lo, hi))
     return Person(tilt_deg=n(-3, 5, -12, 7), x_mm=n(8, 3, 2, 14), y_mm=n(-11, 4, -18, -3), nose_mm=n(19, 2.5, 14, 25), nose_rise_mm=n(8, 3, 2, 14),
-                  bridge_mm=n(18, 4, 10, 26), fat=n(1, .25, .6, 1.6), neck_lean=n(.45, .2, 0, .9), crease_mm=n(7, 4, 0, 15), fibres=n(1, .3, .4, 1.6), rough=n(1, .2, .6, 1.5),
+                  bridge_mm=n(18, 4, 10, 26), fat=n(1, .25, .6, 1.6), neck_lean=n(.45, .2, 0, .9), crease_mm=n(7, 4, 0, 15), fibres=n(1, .3, .4, 1.6), rough=n(1, .15, .7, 1.3),
                   marrow=n(.95, .15, .6, 1.2), brain=n(.9, .3, .3, 1.4), sinus_mm=n(9, 2, 5, 13), vertebra_mm=n(17, 1, 15, 19.5),
-                  depth_mm=n(98, 5, 89, 108), coil_x_mm=n(-38, 4, -46, -30), coil_y_mm=n(2, 9, -15, 20), lips=n(.98, .06, .85, 1.1))
+                  depth_mm=n(96, 4, 88, 102), coil_x_mm=n(-38, 4, -46, -30), coil_y_mm=n(2, 9, -15, 20), lips=n(.98, .06, .85, 1.1))
 
 
 def to_scanner(
@@ -302,7 +302,7 @@ def paint_nose(cv, k, who, rng):
     cv.put(band([sub + [3, -3], sub + [14, -7], sub + [34, -9], .4 * edge + .6 * pns + [0, -10]], [6, 5, 2.5, 1.5]), LEVEL["lip"] * .9 * n, 1.2, .8)
     cv.within = 1.
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #b0c41bdc
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #5ca2fab8
 def paint_maxilla(cv, k, c, who, rng):
     "Upper jaw: nasal floor, bony palate, its mucosa, front of the bone with the incisor, base of the upper lip."
     sub, edge, pal = k["sub"], k["edge"], curve(c["palate"], 80)
@@ -312,10 +312,10 @@ def paint_maxilla(cv, k, c, who, rng):
     cv.put(band(hard[1:] + [0, -4.9], [2.5, 4, 5]), LEVEL["bone"] * 1.5, .8)
     cv.put(band(hard[12:] + [0, -4.9], [.4, 1.2, 2.6]), LEVEL["marrow"] * .55 * who.marrow * n, .8)
     bone = curve([edge + [-2, -9], edge + [-3, -18], sub + [9, 0], edge + [13, -25], pal[52] + [0, -4], pal[66] + [-1.5, -2], edge + [2.5, -10]], 80, True)
-    cv.put(bone, LEVEL["bone"] * 2.5, 1., .5)
+    cv.put(bone, LEVEL["bone"] * 2.5, 1., rng.uniform(.15, .5))
     cv.put((bone - bone.mean(0)) * .86 + bone.mean(0), LEVEL["marrow"] * .85 * who.marrow * mottle(rng, .25), 1.3)
     cv.put(band(pal + [0, -1.3], [2.4, 2.6, 2.8, 3.2, 3., 2.]), LEVEL["mucosa"] * 1.05 * n, .8)
-    cv.put(band([edge + [0, 0], edge + [-.3, -7], edge + [4, -19]], [3.5, 5.5, 2.5]), LEVEL["tooth"], .6)
+    cv.put(band([edge + [0, 0], edge + [-.3, -7], edge + [4, -19]], [3.5, 5.5, 2.5]), LEVEL["tooth"] + .08, .6)
     lip = np.vstack([sub + [-.5, 8], sub + [-1.5, -1], sub + [4, -8], sub + [15, -8], sub + [14, 2], edge + [-2.5, -12], edge + [-4, -7]])
     cv.put(lip, LEVEL["lip"] * who.lips * 1.1 * mottle(rng, .2), 1.2)
 
@@ -345,7 +345,7 @@ def paint_neck(cv, k, c, skin, who, rng):
     cv.put(band(skin[16:] + [1., -4 * who.fat], 1.3, 90), LEVEL["muscle"] * 1.2 * n, 1., .6)          # platysma
     cv.put(band(skin + [.3, -.5], [2.5, 3, 3, 3, 3, 2.5, 2.5], 90), LEVEL["skin"] * .75 * n, 1., .85)
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #bffde370
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #b4004d8d
 def paint_floor(cv, k, c, who, rng):
     "Floor of the mouth: geniohyoid between two bright septa, mylohyoid, hyoid bone, fat before the epiglottis."
     n, g, h, low = mottle(rng, .22 * who.rough), k["back"] + [-3, 8], k["hyoid"], k["low"]
@@ -363,12 +363,12 @@ def paint_floor(cv, k, c, who, rng):
 
 def paint_lip(cv, lip, who, rng):
     "One lip: fat and glands around a darker core of muscle (orbicularis oris)."
-    n, mid = mottle(rng, .22 * who.rough), lip.mean(0)
-    cv.put(lip, LEVEL["lip"] * who.lips * 1.1 * n, .8)
+    n, mid = mottle(rng, .16 * who.rough), lip.mean(0)
+    cv.put(lip, LEVEL["lip"] * who.lips * 1.05 * n, .8)
     cv.put((lip - mid) * .5 + mid + [1.5, 0], LEVEL["muscle"] * 1.4 * n, 1.5, .7)
     cv.put(band(np.vstack([lip, lip[:1]]), 1.6), LEVEL["skin"] * 1.2 * n, .7, .5)
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #08b79fa0
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #151f8945
 def paint_jaw(cv, k, c, who, rng):
     "Mandible, lower incisor, chin, lower lip and the glands under the tip of the tongue."
     jaw, lip, chin, t = c["jaw"], c["lower_lip"], c["chin"], c["lower_teeth"]
@@ -380,10 +380,10 @@ def paint_jaw(cv, k, c, who, rng):
     for _ in range(5):                                                                                # mentalis: strands through the fat
         a = pad + rng.normal([7, -3], [2.5, 5])
         cv.put(band([a, a + [-4, 4], a + [-7, 9]], 1.2), LEVEL["muscle"] * 1.2, .8, .5)
-    cv.put(curve(jaw, 80, True), LEVEL["bone"], .8)
-    core = (jaw - jaw.mean(0)) * [.5, .62] + jaw.mean(0) + [.5, 4]
-    cv.put(curve(core, 60, True), LEVEL["marrow"] * .85 * who.marrow * mottle(rng, .2), 1.2)
-    cv.put(band([t[0], t[[1, 5]].mean(0), t[[2, 4]].mean(0), t[3]], [3., 5, 5, 2]), LEVEL["tooth"], .6)
+    cv.put(curve((jaw - jaw.mean(0)) * [.82, .95] + jaw.mean(0), 80, True), LEVEL["bone"] + .11, 1.)
+    core = (jaw - jaw.mean(0)) * [rng.uniform(.35, .5), rng.uniform(.35, .6)] + jaw.mean(0) + [.5, rng.uniform(2, 7)]
+    cv.put(curve(core, 60, True), LEVEL["marrow"] * rng.uniform(.4, .85) * who.marrow * mottle(rng, .2), 1.4)
+    cv.put(band([t[0], t[[1, 5]].mean(0), t[[2, 4]].mean(0), t[3]], [3., 5, 5, 2]), LEVEL["tooth"] + .08, .6)
     paint_lip(cv, lip, who, rng)
 
 
@@ -497,8 +497,8 @@ def still_regions(k, palate):
     return {"back": np.vstack([wall, [wall[-1] + [6, 60], [125, 125], [125, -125], [20, -125], [16, -92]]]), "nose": np.vstack(nose),
             "pharynx": np.vstack([wall, wall[::-1] + [5, 0]]), "palate": np.vstack([palate, palate[::-1] + [0, -7]])}
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #58b1ec42
-SLANT_MM = {"body": 1.2, "upper_lip": 1.2}   # a thick slice cuts curved borders at a slant: they look blurred by about this much (others 1 mm)
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #5c769be2
+SLANT_MM = {"body": 1.4, "upper_lip": 1.4}   # a thick slice cuts curved borders at a slant: they look blurred by about this much (others 1.2 mm)
 
 
 def pixel_mm(matrix, fov_mm):
@@ -513,11 +513,14 @@ def shading(x, y, who):
 
 
 def soften(share, sigma):
-    "Blur (t, y, x) by a three-point kernel of standard deviation `sigma` pixels (at most 0.8)."
-    w = min(.5 * sigma ** 2, .33)
-    s = F.pad(share, (1, 1, 1, 1), mode="replicate")
-    s = w * s[:, :-2] + (1 - 2 * w) * s[:, 1:-1] + w * s[:, 2:]
-    return w * s[..., :-2] + (1 - 2 * w) * s[..., 1:-1] + w * s[..., 2:]
+    "Blur (t, y, x) to a standard deviation of `sigma` pixels by passing a three-point kernel over it as often as it takes."
+    times = min(math.ceil(sigma ** 2 / .6), 8)
+    w = min(.5 * sigma ** 2 / times, .33)
+    for _ in range(times):
+        s = F.pad(share, (1, 1, 1, 1), mode="replicate")
+        s = w * s[:, :-2] + (1 - 2 * w) * s[:, 1:-1] + w * s[:, 2:]
+        share = w * s[..., :-2] + (1 - 2 * w) * s[..., 1:-1] + w * s[..., 2:]
+    return share
 
 # %% ../../nbs/30_speaker/33_anatomy.ipynb #2a9afe55
 def look_up(picture, at):
@@ -541,7 +544,7 @@ class _Pixels:
         "Share of each pixel (t, y, x) inside outlines (t, n, 2) mm."
         return coverage(outline / (fov_mm / matrix) + matrix // 2, matrix, matrix)
 
-# %% ../../nbs/30_speaker/33_anatomy.ipynb #6fe39803
+# %% ../../nbs/30_speaker/33_anatomy.ipynb #f2586383
 class _Parts(_Pixels):
     "The part of Head that finds each moving part in the pixels."
     def _parts(self, c, matrix, fov_mm):
@@ -558,7 +561,7 @@ class _Parts(_Pixels):
             came = F.interpolate(came, size=[q * (n - 1) + 1 for n in came.shape[2:]], mode="bicubic", align_corners=True)
             (x0, x1), (y0, y1) = [(max(q * a, 0), min(q * b + 1, matrix)) for a, b in zip(lo, hi)]
             if x1 - x0 < 2 or y1 - y0 < 2: continue                                              # outside the picture
-            share = soften(coverage(p - torch.tensor([x0, y0]), y1 - y0, x1 - x0), SLANT_MM.get(name, 1.) / step)
+            share = soften(coverage(p - torch.tensor([x0, y0]), y1 - y0, x1 - x0), SLANT_MM.get(name, 1.2) / step)
             came = came[:, :, y0 - q * lo[1]:y1 - q * lo[1], x0 - q * lo[0]:x1 - q * lo[0]].permute(0, 2, 3, 1)
             yield name, (slice(y0, y1), slice(x0, x1)), share, came
 
