@@ -194,22 +194,23 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(corpus, tmp_path, monke
     go = lambda out, **kw: T.train_fusion(corpus / "data", out, 5, SPLIT, cache=corpus / "cache", constant=False, **SMALL, **kw)
     whole = go(tmp_path / "whole")
     plain = T.FrameLoader.__iter__
-
-    def dies(self):
-        if self.shuffle and self.epoch == 2: raise KeyboardInterrupt
-        return plain(self)
-    monkeypatch.setattr(T.FrameLoader, "__iter__", dies)
-    with pytest.raises(KeyboardInterrupt): go(tmp_path / "cut")
-    monkeypatch.setattr(T.FrameLoader, "__iter__", plain)
+    for own_masks in (False, True):                                 # stopped in the model, then in the oracle
+        def dies(self):
+            if self.shuffle and self.epoch == 2 and own_masks == (self.masks is not None): raise KeyboardInterrupt
+            return plain(self)
+        monkeypatch.setattr(T.FrameLoader, "__iter__", dies)
+        with pytest.raises(KeyboardInterrupt): go(tmp_path / "cut", resume=own_masks)
+        monkeypatch.setattr(T.FrameLoader, "__iter__", plain)
     resumed = go(tmp_path / "cut", resume=True)
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
+    same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+    assert same(whole, resumed) and same(*(load_sirem(tmp_path / d / "oracle") for d in ("whole", "cut")))
     pick = lambda d: [{k: v for k, v in h.items() if k != "seconds"} for h in json.loads((d / "curves.json").read_text())["history"]]
-    assert pick(tmp_path / "whole") == pick(tmp_path / "cut")
+    for d in (".", "oracle"): assert pick(tmp_path / "whole" / d) == pick(tmp_path / "cut" / d)
 
 
 @pytest.mark.parametrize("extra", ({"fusion_map": "predicted"}, {"k": 3}, {"psf": "true"}, {"reduction": "sum"}))
 def test_variants_train(corpus, tmp_path, extra):
-    model = T.train_fusion(corpus / "data", tmp_path, 5, SPLIT, cache=corpus / "cache", constant=False, **{**SMALL, "epochs": 1, **extra})
+    model = T.train_fusion(corpus / "data", tmp_path, 5, SPLIT, cache=corpus / "cache", constant=False, oracle=False, **{**SMALL, "epochs": 1, **extra})
     b = next(iter(T.FrameLoader(prepared(corpus), shuffle=False)))
     with torch.no_grad(): x = T.run_model(load_sirem(tmp_path), b)
     assert torch.isfinite(x["x"]).all() and x["w"].min() >= 0 and x["w"].max() <= 1
@@ -231,13 +232,58 @@ def test_the_table_has_every_row_and_flat_records(runs, tmp_path):
 
 def test_only_the_oracle_sees_the_masks_of_test_frames(runs):
     data = [p for p in prepared(runs.parent) if p.recording.subject == "sub003"]
-    model, i = load_sirem(runs / "arms5"), torch.arange(6)
-    before = T.all_rows(data[0], i, model, None, data, ("tongue",), 0.0)
+    model, oracle, i = load_sirem(runs / "arms5"), load_sirem(runs / "arms5" / "oracle"), torch.arange(6)
+    rows = lambda o=oracle: T.all_rows(data[0], i, model, None, data, ("tongue",), 0.0, o)
+    before = rows()
     data[0].reference["labels"] = data[0].reference["labels"].flip(1)
-    after = T.all_rows(data[0], i, model, None, data, ("tongue",), 0.0)
+    after = rows()
     for name in before: assert torch.equal(before[name][0], after[name][0]) == (name != "sirem-oracle"), name
+    assert "sirem-oracle" not in rows(None)
     data[0].reference["labels"] = None
-    assert "sirem-oracle" not in T.all_rows(data[0], i, model, None, data, ("tongue",), 0.0)
+    assert "sirem-oracle" not in rows()
+
+
+def test_the_oracle_alone_trains_and_validates_with_each_frames_own_masks(corpus, tmp_path, monkeypatch):
+    seen, real = [], T.run_model
+    monkeypatch.setattr(T, "run_model", lambda m, b, **kw: (seen.append((m, m.training, b, kw, out := real(m, b, **kw), m.audio)), out)[1])
+    small = {**SMALL, "epochs": 1, "val_every": 1}
+    T.train_fusion(corpus / "data", tmp_path / "run", 5, SPLIT, cache=corpus / "cache", **small)
+    models = list(dict.fromkeys(id(s[0]) for s in seen))            # SIREM, the constant picture, the oracle
+    masks = {"train": [], "val": []}
+    for p in prepared(corpus):
+        part = "train" if p.recording.subject == "sub001" else "val" if p.recording.subject == "sub002" else None
+        if part: masks[part] += list(zip(p.features, p.masks(torch.arange(len(p)), ("tongue",))))
+    for m, training, b, kw, out, _ in seen:
+        if id(m) != models[2]:
+            assert "mask" not in b and kw.get("w") is None and out["w"] is m.map
+            continue
+        for f, w in zip(b["features"], out["w"]):
+            assert any(torch.equal(f, g) and torch.equal(w, v) for g, v in masks["train" if training else "val"])
+    assert {(id(m), t) for m, t, *_ in seen} == {(m, t) for m in models for t in (True, False)} and len(models) == 3
+
+
+def test_trained_with_masks_beats_masks_at_test_time_only(corpus, tmp_path):
+    "Weights that were trained with a map below 1 exaggerate x_a; the oracle's x_a is a picture inside the mask."
+    T.train_fusion(corpus / "data", tmp_path, 5, SPLIT, cache=corpus / "cache", constant=False, **{**SMALL, "epochs": 40})
+    p = [p for p in prepared(corpus) if p.recording.subject == "sub003"][0]
+    i = torch.arange(len(p))
+    w = p.masks(i, ("tongue",))
+    with torch.no_grad(): deployed, oracle = (T.run_model(load_sirem(tmp_path / k), p.batch(i), w=w) for k in ("", "oracle"))
+    inside = lambda out: float(T.psnr(out["x"], p.target(i), 1.0, w > 0).mean())
+    beyond = lambda out: float((out["xa"][w > 0] - out["xa"][w > 0].clamp(0, 1)).abs().mean())
+    assert inside(oracle) > inside(deployed) + 2 and beyond(oracle) < 0.5 * beyond(deployed), (inside(oracle), inside(deployed), beyond(oracle), beyond(deployed))
+
+
+def test_no_oracle_without_masks_and_none_left_from_before(corpus, tmp_path):
+    small = {**SMALL, "epochs": 1}
+    go = lambda **kw: T.train_fusion(corpus / "data", tmp_path / "run", 5, SPLIT, cache=corpus / "cache", constant=False, **{**small, **kw})
+    rows = lambda: {r["method"] for r in T.evaluate_fusion(corpus / "data", tmp_path / "run", cache=corpus / "cache", max_frames=4)}
+    go()
+    assert "sirem-oracle" in rows() and T.find_runs(tmp_path) == [tmp_path / "run"]
+    go(oracle=False)
+    assert "sirem-oracle" not in rows()                             # the folder is still there, the run disowns it
+    T.train_fusion(corpus / "data", tmp_path / "bare", 5, SPLIT, cache=corpus / "cache", constant=False, **small, target="gridding")
+    assert not (tmp_path / "bare" / "oracle").exists() and json.loads((tmp_path / "bare" / "settings.json").read_text())["oracle"] is False
 
 
 def test_the_wrong_sound_is_wrong(runs):

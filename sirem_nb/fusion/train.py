@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'toy_corpus', 'cache_folder', 'fingerprint', 'stored', 'stored_pictures', 'read_reference', 'Prepared',
-           'prepare_one', 'prepare', 'FrameLoader', 'FusionSettings', 'RunSettings', 'make_settings', 'training_map',
-           'new_model', 'keep_memory', 'run_model', 'fit_sirem', 'choose_split', 'prepare_parts', 'train_fusion',
-           'other_sound', 'variants', 'all_rows', 'score_rows', 'mean_records', 'find_runs', 'evaluate_fusion']
+           'prepare_one', 'prepare', 'FrameLoader', 'FusionSettings', 'RunSettings', 'make_settings', 'labelled',
+           'training_map', 'new_model', 'keep_memory', 'run_model', 'fit_sirem', 'choose_split', 'prepare_parts',
+           'train_fusion', 'other_sound', 'variants', 'all_rows', 'score_rows', 'mean_records', 'find_runs',
+           'evaluate_fusion']
 
-# %% ../../nbs/60_fusion/66_train.ipynb #dc8383c2
+# %% ../../nbs/60_fusion/66_train.ipynb #2f5a9dcb
 import ctypes, hashlib, json, os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import h5py
@@ -84,7 +85,7 @@ def stored(
         with replacing(path) as tmp, open(tmp, "wb") as f: np.save(f, compute())
     return np.load(path, mmap_mode="r")
 
-# %% ../../nbs/60_fusion/66_train.ipynb #e97b0cea
+# %% ../../nbs/60_fusion/66_train.ipynb #d39f8493
 def stored_pictures(
     scan,   # function without arguments -> Scan; called only if there is no file yet
     path,   # .npy file
@@ -95,10 +96,11 @@ def stored_pictures(
         s = scan()
         with replacing(path) as tmp:
             acquisition_pictures(s, into=np.lib.format.open_memmap(tmp, "w+", np.complex64, (s.n_acq, *s.im_size)))
-        write_json(facts, {"arm": s.arm, "tr_s": s.tr_s, "n_arms": s.n_arms, "im_size": s.im_size, "fov_mm": s.fov_mm, "origin": s.origin, "n_transient": n_transient(s)})
+        plain = {k: getattr(s, k) for k in ("arm", "tr_s", "n_arms", "im_size", "fov_mm", "origin")}
+        write_json(facts, {**plain, "n_transient": n_transient(s)})
     return np.load(path, mmap_mode="r"), json.loads(facts.read_text())
 
-# %% ../../nbs/60_fusion/66_train.ipynb #3cc85634
+# %% ../../nbs/60_fusion/66_train.ipynb #6650b949
 def read_reference(
     recording,  # a Recording
     target,     # "truth", "recon", "gridding", or "auto": truth, else recon
@@ -111,18 +113,20 @@ def read_reference(
     if kind == "truth" and r.truth:
         with h5py.File(r.truth) as f:
             labels = torch.from_numpy(f["labels"][:]) if "labels" in f else None
-            names = json.loads(f["labels"].attrs["names"]) if "labels" in f else {}
+            names = {k: int(v) for k, v in json.loads(f["labels"].attrs["names"]).items()} if "labels" in f else {}
             frames, times = torch.from_numpy(f["frames"][:]).half(), torch.from_numpy(f["frame_times_s"][:])
     elif kind == "recon" and r.recon: (frames, times, _), labels, names = read_recon(r.recon), None, {}
     elif kind == "gridding":
         full = torch.arange(len(pictures) // facts["n_arms"] * facts["n_arms"]).view(-1, facts["n_arms"])
         frames, labels, names = torch.stack([torch.from_numpy(pictures[g.numpy()].sum(0)).abs() for g in full]), None, {}
         times = (full.double().mean(1) + 0.5) * facts["tr_s"]
-    else: raise ValueError(f"{r.name}: no reference picture of the kind {target!r} (truth: {bool(r.truth)}, recon: {bool(r.recon)}): add the file, or train with target='gridding'")
-    if frames.shape[1:] != tuple(facts["im_size"]): raise ValueError(f"{r.name}: reference pictures of {tuple(frames.shape[1:])} pixels, the scan has {tuple(facts['im_size'])}: resample the reference")
-    return {"kind": kind, "frames": frames, "times_s": times.double(), "labels": labels, "names": {k: int(v) for k, v in names.items()}}
+    else: raise ValueError(f"{r.name}: no reference picture of the kind {target!r} (truth: {bool(r.truth)}, recon: {bool(r.recon)}): "
+                           "add the file, or train with target='gridding'")
+    size, expected = tuple(frames.shape[1:]), tuple(facts["im_size"])
+    if size != expected: raise ValueError(f"{r.name}: reference pictures of {size} pixels, the scan has {expected}: resample the reference")
+    return {"kind": kind, "frames": frames, "times_s": times.double(), "labels": labels, "names": names}
 
-# %% ../../nbs/60_fusion/66_train.ipynb #a5a36e66
+# %% ../../nbs/60_fusion/66_train.ipynb #40d66e23
 @dataclass
 class Prepared:
     "A recording, ready for training: pictures in a file, frames as indices into them."
@@ -142,6 +146,7 @@ class Prepared:
     def arms(self, i): return torch.from_numpy(self.pictures[self.groups[i].numpy()])                 # (batch, arm, y, x)
     def target(self, i): return normalise01(self.reference["frames"][self.nearest[i]].float())        # (batch, y, x), each to [0, 1]
     def labels(self, i): return None if self.reference["labels"] is None else self.reference["labels"][self.nearest[i]]
+    def masks(self, i, which, blur=0.): return mask_map(self.labels(i), self.reference["names"], which, blur)   # (batch, y, x)
     def batch(self, i): return {"arms": self.arms(i), "arm_index": self.arm_index[i], "features": self.features[i], "target": self.target(i)}
 
 # %% ../../nbs/60_fusion/66_train.ipynb #9ff3911f
@@ -186,29 +191,30 @@ def prepare(
     recordings = root if isinstance(root, list) else find_recordings(root)
     return [prepare_one(r, arms_per_frame, encoder, delta_s, mode, target, cache) for r in recordings]
 
-# %% ../../nbs/60_fusion/66_train.ipynb #c24cd4b1
+# %% ../../nbs/60_fusion/66_train.ipynb #2d0d0f95
 class FrameLoader:
     "Batches of frames from prepared recordings, in an order that depends on (seed, epoch) alone."
     def __init__(self,
-        prepared,        # list of Prepared
-        batch_size=8,    # frames
+        prepared, batch_size=8,  # list of Prepared; frames in a batch
         shuffle=True,    # mix the frames of all recordings
         per_epoch=None,  # frames per epoch; None: all
         seed=0,
+        masks=None,      # (which, blur): hand out each frame's own masks too, as "mask"; for the oracle alone
     ):
-        self.prepared, self.batch_size, self.shuffle, self.seed, self.epoch = prepared, batch_size, shuffle, seed, 0
-        self.where = torch.cat([torch.stack([torch.full((int(p.use.sum()),), j), p.use.nonzero()[:, 0]], 1) for j, p in enumerate(prepared)])
+        self.prepared, self.batch_size, self.shuffle, self.seed, self.epoch, self.masks = prepared, batch_size, shuffle, seed, 0, masks
+        used = [p.use.nonzero()[:, 0] for p in prepared]
+        self.where = torch.cat([torch.stack([torch.full_like(i, j), i], 1) for j, i in enumerate(used)])   # (frame, 2): recording, frame in it
         if not len(self.where): raise ValueError("no usable frame in these recordings: all are in the transient or have no reference near by")
         self.n = min(per_epoch or len(self.where), len(self.where))
-
     def set_epoch(self, epoch): self.epoch = epoch
     def __len__(self): return -(-self.n // self.batch_size)
+    def get(self, p, i): return p.batch(i) if self.masks is None else {**p.batch(i), "mask": p.masks(i, *self.masks)}
 
     def __iter__(self):
         g = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
         order = torch.randperm(len(self.where), generator=g) if self.shuffle else torch.linspace(0, len(self.where) - 1, self.n).round().long()
         for pick in self.where[order[:self.n]].split(self.batch_size):
-            parts = [self.prepared[j].batch(pick[pick[:, 0] == j, 1]) for j in pick[:, 0].unique().tolist()]
+            parts = [self.get(self.prepared[j], pick[pick[:, 0] == j, 1]) for j in pick[:, 0].unique().tolist()]
             yield {k: torch.cat([b[k] for b in parts]) for k in parts[0]}
 
 # %% ../../nbs/60_fusion/66_train.ipynb #ae3c5423
@@ -236,7 +242,7 @@ class FusionSettings:
     k: int | None = None             # hard top-K arms; None: soft weights
     fusion_map: str = "fixed"        # "fixed" or "predicted"
 
-# %% ../../nbs/60_fusion/66_train.ipynb #3308efbf
+# %% ../../nbs/60_fusion/66_train.ipynb #74c6a44c
 @dataclass(frozen=True)
 class RunSettings(FusionSettings):
     "The rest: what the paper leaves open, and how large a run is."
@@ -248,6 +254,7 @@ class RunSettings(FusionSettings):
     per_epoch: int | None = None     # frames per epoch; None: all
     val_frames: int | None = 400     # frames to validate on; None: all
     constant: bool = True            # also train the ablation "constant picture"
+    oracle: bool = True              # also train the oracle with each frame's own masks, where there are masks
     encoder_path: str | None = None  # where the encoder's weights lie
     seed: int = 0
 
@@ -261,17 +268,20 @@ def make_settings(
     if unknown: raise ValueError(f"no training setting {unknown[0]!r}: expected one of {', '.join(known)}")
     return RunSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
-# %% ../../nbs/60_fusion/66_train.ipynb #36e80882
+# %% ../../nbs/60_fusion/66_train.ipynb #d0fe86af
+def labelled(prepared): return [p for p in prepared if p.reference["labels"] is not None]  # those with masks
+
+
 def training_map(
     train,           # list of Prepared
     which, blur=0.,  # see mask_map
 ):                   # (y, x) in [0, 1], and "masks" or "motion"
     "The explained-by-audio map of a training set: the mean of its masks, or where it has none, of what moves."
-    if any(p.reference["labels"] is not None for p in train):
-        return mean_map(mask_map(p.labels(p.use.nonzero()[:, 0]), p.reference["names"], which, blur) for p in train if p.reference["labels"] is not None), "masks"
+    if labelled(train):
+        return mean_map(p.masks(p.use.nonzero()[:, 0], which, blur) for p in labelled(train)), "masks"
     return motion_map(p.target(p.use.nonzero()[:, 0]) for p in train), "motion"
 
-# %% ../../nbs/60_fusion/66_train.ipynb #b78b4daa
+# %% ../../nbs/60_fusion/66_train.ipynb #4df12515
 def new_model(
     train,           # list of Prepared
     arms_per_frame,
@@ -280,8 +290,9 @@ def new_model(
 ):                   # Sirem, and where its map came from
     "A fresh model with the training set's map, mean picture and feature statistics."
     f = train[0].facts
-    config = SiremConfig(n_arms=f["n_arms"], im_size=tuple(f["im_size"]), dim=train[0].features.shape[1], hidden=tuple(s.hidden), dropout=s.dropout, arms_per_frame=arms_per_frame,
-                         k=s.k, audio=audio, fusion_map=s.fusion_map, encoder=s.encoder, delta_s=s.delta_s, mode=s.mode)
+    config = SiremConfig(n_arms=f["n_arms"], im_size=tuple(f["im_size"]), dim=train[0].features.shape[1], hidden=tuple(s.hidden),
+                         dropout=s.dropout, arms_per_frame=arms_per_frame, k=s.k, audio=audio, fusion_map=s.fusion_map,
+                         encoder=s.encoder, delta_s=s.delta_s, mode=s.mode)
     with torch.random.fork_rng([]):
         torch.manual_seed(s.seed)
         model = Sirem(config)
@@ -292,13 +303,13 @@ def new_model(
     elif s.start_at_mean: model.audio.start_at(model.mean_image)
     return model, source
 
-# %% ../../nbs/60_fusion/66_train.ipynb #ab7ca3bc
+# %% ../../nbs/60_fusion/66_train.ipynb #10a21b28
 def keep_memory():
     "Ask the C library to keep freed memory for the next step (glibc; elsewhere nothing happens)."
     try: libc = ctypes.CDLL("libc.so.6"); libc.mallopt(-3, 1 << 30); libc.mallopt(-1, (1 << 31) - 1)   # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
     except (OSError, AttributeError): pass
 
-# %% ../../nbs/60_fusion/66_train.ipynb #105a3148
+
 def run_model(
     model,
     b,     # a batch of Prepared
@@ -307,7 +318,7 @@ def run_model(
     "The forward pass of a batch."
     return model(b["arms"], b["arm_index"], b["features"], **kw)
 
-# %% ../../nbs/60_fusion/66_train.ipynb #dfbaf893
+# %% ../../nbs/60_fusion/66_train.ipynb #cfdd976d
 def fit_sirem(
     model,      # a Sirem
     train, val, # lists of Prepared
@@ -316,19 +327,20 @@ def fit_sirem(
     lr,         # of the audio branch (and the map predictor)
     psfs=None,  # (arm, y, x) for the true point-spread penalty
     resume=False,
+    masks=None, # (which, blur) for the oracle: training and validation frames come with their own masks
 ):              # history
     "Train one model with the four-term objective; the best by validation PSNR is kept in out/best."
-    loss = lambda m, b: total(run_model(m, b), b["target"], s.alpha, s.beta, s.gamma, s.budget, s.reduction, psfs)
-    check = FrameLoader(val, 32, shuffle=False, per_epoch=s.val_frames)
+    run = lambda m, b: run_model(m, b, w=b.get("mask"))   # without a mask in the batch: the model's own map
+    loss = lambda m, b: total(run(m, b), b["target"], s.alpha, s.beta, s.gamma, s.budget, s.reduction, psfs)
+    check = FrameLoader(val, 32, shuffle=False, per_epoch=s.val_frames, masks=masks)
 
     def score(m):
-        device = m.map.device
-        rows = [(psnr(run_model(m, {k: v.to(device) for k, v in b.items()})["x"], b["target"].to(device), 1.0), m.profile.soft().sum()) for b in check]
-        return {"score": torch.cat([r[0] for r in rows]).mean(), "sum_p": rows[0][1]}
-    fused = dict(fused=True)
-    groups = [{"params": [p for n, p in model.named_parameters() if not n.startswith("profile.")], "lr": lr, **fused},
-              {"params": [model.profile.logits], "lr": s.profile_lr, **fused}]
-    return fit(model, FrameLoader(train, s.batch_size, per_epoch=s.per_epoch, seed=s.seed), loss, score, out, s.epochs, lr, s.weight_decay, s.clip, s.val_every, resume, groups, s.seed)
+        on_device = ({k: v.to(m.map.device) for k, v in b.items()} for b in check)
+        return {"score": torch.cat([psnr(run(m, b)["x"], b["target"], 1.0) for b in on_device]).mean(), "sum_p": m.profile.soft().sum()}
+    groups = [{"params": [p for n, p in model.named_parameters() if not n.startswith("profile.")], "lr": lr, "fused": True},
+              {"params": [model.profile.logits], "lr": s.profile_lr, "fused": True}]
+    loader = FrameLoader(train, s.batch_size, per_epoch=s.per_epoch, seed=s.seed, masks=masks)
+    return fit(model, loader, loss, score, out, s.epochs, lr, s.weight_decay, s.clip, s.val_every, resume, groups, s.seed)
 
 # %% ../../nbs/60_fusion/66_train.ipynb #3cbb7a31
 def choose_split(
@@ -343,7 +355,7 @@ def choose_split(
     if n < 3: raise ValueError(f"{n} subject{'s' * (n != 1)} in the data, a split by subject needs at least 3 (train, val, test): add subjects, or give a split")
     return split_subjects([r.subject for r in recordings], n_val=max(1, round(n / 8)), n_test=max(1, round(n / 4)), seed=seed)
 
-# %% ../../nbs/60_fusion/66_train.ipynb #6a3f4147
+# %% ../../nbs/60_fusion/66_train.ipynb #08f7bd28
 def prepare_parts(
     data,            # data set folder, or a list of Recording
     split,           # dict, path of a .json, or None: drawn by subject
@@ -357,12 +369,12 @@ def prepare_parts(
     parts = {k: part_of(recordings, split, k) for k in ("train", "val")}
     for k, v in parts.items():
         if not v: raise ValueError(f"no recording of the {k} subjects {split[k]} in the data: check the split")
-    train, val = (prepare(parts[k], arms_per_frame, s.encoder, s.delta_s, s.mode, cache, s.target, s.encoder_path) for k in ("train", "val"))
+    train, val = (prepare(v, arms_per_frame, s.encoder, s.delta_s, s.mode, cache, s.target, s.encoder_path) for v in parts.values())
     kinds = {(p.facts["n_arms"], tuple(p.facts["im_size"])) for p in train + val}
-    if len(kinds) > 1: raise ValueError(f"recordings with different (arms, matrix) in one training set: {sorted(kinds)}: train on one kind at a time")
+    if len(kinds) > 1: raise ValueError(f"recordings with different (arms, matrix) in one training set: {sorted(kinds)}: train on one kind")
     return split, train, val
 
-# %% ../../nbs/60_fusion/66_train.ipynb #b33bf5c8
+# %% ../../nbs/60_fusion/66_train.ipynb #4a3aa72f
 def train_fusion(
     data,                 # data set folder, or a list of Recording
     out,                  # folder of the run
@@ -373,16 +385,19 @@ def train_fusion(
     device="cpu",
     **settings,           # fields of RunSettings
 ):                        # the trained Sirem
-    "Train SIREM and the ablation with a constant picture; writes best/, constant/best/, curves.json, settings.json and split.json."
+    "Train SIREM, and beside it in constant/ and oracle/ the ablation and the oracle; each writes best/ and curves.json, the run settings.json and split.json."
     s, out, _ = make_settings(**settings), Path(out), keep_memory()
     split, train, val = prepare_parts(data, split, arms_per_frame, s, cache)
     model, source = new_model(train, arms_per_frame or train[0].facts["n_arms"], s)
     about = {"arms_per_frame": model.config.arms_per_frame, "map_from": source, "target_kind": train[0].reference["kind"], "split": split,
              "n_train": sum(int(p.use.sum()) for p in train), "n_val": sum(int(p.use.sum()) for p in val)}
+    about["oracle"] = s.oracle and all(with_masks := [labelled(train), labelled(val)])   # no oracle without labels
     write_json(out / "split.json", split); write_json(out / "settings.json", {**asdict(s), **about})
     psfs = arm_psfs(read_mrd(train[0].recording.raw).ktraj, model.config.im_size).to(device) if s.psf == "true" else None
     fit_sirem(model.to(device), train, val, out, s, s.lr, psfs, resume)
-    if s.constant: fit_sirem(new_model(train, model.config.arms_per_frame, s, "constant")[0].to(device), train, val, out / "constant", s, s.constant_lr, psfs, resume)
+    again = lambda s, audio="decoder": new_model(train, model.config.arms_per_frame, s, audio)[0].to(device)
+    if s.constant: fit_sirem(again(s, "constant"), train, val, out / "constant", s, s.constant_lr, psfs, resume)
+    if about["oracle"]: fit_sirem(again(replace(s, fusion_map="fixed")), *with_masks, out / "oracle", s, s.lr, psfs, resume, (s.which, s.blur))
     return model
 
 # %% ../../nbs/60_fusion/66_train.ipynb #1a0bb494
@@ -404,26 +419,28 @@ def other_sound(
     f = pool[0].features[pool[0].use]
     return f[torch.arange(n) % len(f)], pool[0].recording.name
 
-# %% ../../nbs/60_fusion/66_train.ipynb #4b5e7122
+# %% ../../nbs/60_fusion/66_train.ipynb #0d48374e
 def variants(
     p,           # Prepared: a test recording
     model, deaf, # Sirem and its constant-picture ablation (or None)
     others,      # list of Prepared, donors of the wrong sound
     which, blur, # for the oracle's masks
+    oracle=None, # a Sirem trained with each frame's own masks
 ):               # {row: (model, (frame, dim) features, what else to hand in for frames i, note)}
     "The rows of the table that are a model's."
     zero, f, plain = torch.zeros(model.config.im_size), p.features, lambda i: {}
     rows = {"sirem": (model, f, plain, "map of the training set"),
-            "sirem-xa0": (model, f, lambda i: {"xa": zero}, "switched off at test time"), "sirem-w0": (model, f, lambda i: {"w": zero}, "switched off at test time")}
+            "sirem-xa0": (model, f, lambda i: {"xa": zero}, "switched off at test time"),
+            "sirem-w0": (model, f, lambda i: {"w": zero}, "switched off at test time")}
     if deaf is not None: rows["sirem-constant"] = (deaf, f, plain, "trained without sound")
     for name, relation in {"sirem-other-audio": "recording", "sirem-other-speaker": "speaker", "sirem-shifted-audio": "shift"}.items():
         if found := other_sound(p, others, relation): rows[name] = (model, found[0], plain, found[1])
     rows.setdefault("sirem-other-audio", rows.get("sirem-other-speaker", rows["sirem-shifted-audio"]))
-    if p.reference["labels"] is not None:
-        rows["sirem-oracle"] = (model, f, lambda i: {"w": mask_map(p.labels(i), p.reference["names"], which, blur)}, "the test frame's own mask")
+    if oracle is not None and labelled([p]):
+        rows["sirem-oracle"] = (oracle, f, lambda i: {"w": p.masks(i, which, blur)}, "trained and tested with each frame's own masks, as the paper does")
     return rows
 
-# %% ../../nbs/60_fusion/66_train.ipynb #2bea36ca
+# %% ../../nbs/60_fusion/66_train.ipynb #e5924e66
 @torch.no_grad()
 def all_rows(
     p,           # Prepared: a test recording
@@ -431,9 +448,10 @@ def all_rows(
     model, deaf, # Sirem and its constant-picture ablation (or None)
     others,      # list of Prepared, donors of the wrong sound
     which, blur, # for the oracle's masks
+    oracle=None, # a Sirem trained with each frame's own masks
 ):               # {row: ((n, y, x) frames, note)}
     "Every row of the table for one recording."
-    todo = variants(p, model, deaf, others, which, blur)
+    todo = variants(p, model, deaf, others, which, blur, oracle)
     films = {name: [] for name in ("gridding", *todo)}
     for j in i.split(64):
         b = p.batch(j)
@@ -441,9 +459,10 @@ def all_rows(
         for name, (m, features, extra, _) in todo.items(): films[name].append(run_model(m, {**b, "features": features[j]}, **extra(j))["x"])
     notes = {"gridding": "all arm weights equal", **{name: v[3] for name, v in todo.items()}}
     rows = {name: (torch.cat(x), notes[name]) for name, x in films.items()}
-    return {"gridding": rows.pop("gridding"), "mean-image": (model.mean_image.expand(len(i), *model.config.im_size), "mean picture of the training set"), **rows}
+    mean = model.mean_image.expand(len(i), *model.config.im_size), "mean picture of the training set"
+    return {"gridding": rows.pop("gridding"), "mean-image": mean, **rows}
 
-# %% ../../nbs/60_fusion/66_train.ipynb #0fd4541f
+# %% ../../nbs/60_fusion/66_train.ipynb #32ebc799
 def score_rows(
     rows,            # {row: (frames, note)}
     p,               # Prepared
@@ -452,23 +471,25 @@ def score_rows(
     which,           # articulators that are scored together
 ):                   # list of flat records
     "Scores of every row, one number a record; a score that does not exist (a target judged by itself, no articulator in sight) has none."
-    target, labels, out = p.target(i), p.labels(i), []
-    regions = {"frame": None} if labels is None else {"frame": None, "articulators": mask_map(labels, p.reference["names"], which) > 0}
+    regions = {"frame": None, **({"articulators": p.masks(i, which) > 0} if labelled([p]) else {})}
+    common = {"table": "fusion", "arms_per_frame": arms_per_frame, "subject": p.recording.subject, "recording": p.recording.name,
+              "n": len(i), "target": p.reference["kind"]}
+    target, out = p.target(i), []
     for method, (x, note) in rows.items():
         for region, mask in regions.items():
-            for metric, value in scores(x, target, 1.0, mask).items():
-                out.append({"table": "fusion", "method": method, "arms_per_frame": arms_per_frame, "subject": p.recording.subject, "recording": p.recording.name, "region": region,
-                            "metric": metric, "value": value, "n": len(i), "target": p.reference["kind"], "note": note})
-    return [r for r in out if np.isfinite(r["value"])]
+            values = scores(x, target, 1.0, mask).items()
+            out += [{**common, "method": method, "note": note, "region": region, "metric": k, "value": v} for k, v in values if np.isfinite(v)]
+    return out
 
-# %% ../../nbs/60_fusion/66_train.ipynb #124fce7b
+# %% ../../nbs/60_fusion/66_train.ipynb #3dfbc5b1
 def mean_records(
     records,  # flat records of score_rows
 ):            # list of flat records with subject "all": mean and deviation over recordings
     "The mean of each row over the recordings."
     keys, groups = ("method", "arms_per_frame", "region", "metric", "target"), {}
     for r in records: groups.setdefault(tuple(r[k] for k in keys), []).append(r["value"])
-    return [{"table": "fusion-mean", **dict(zip(keys, k)), "subject": "all", "value": float(np.mean(v)), "std": float(np.std(v)), "n": len(v)} for k, v in groups.items()]
+    mean = lambda v: {"value": float(np.mean(v)), "std": float(np.std(v)), "n": len(v)}
+    return [{"table": "fusion-mean", **dict(zip(keys, k)), "subject": "all", **mean(v)} for k, v in groups.items()]
 
 # %% ../../nbs/60_fusion/66_train.ipynb #62e4f880
 def find_runs(
@@ -479,7 +500,7 @@ def find_runs(
     if not runs: raise FileNotFoundError(f"{run}: no trained fusion model in it; a folder that train_fusion wrote was expected")
     return runs
 
-# %% ../../nbs/60_fusion/66_train.ipynb #83b844ea
+# %% ../../nbs/60_fusion/66_train.ipynb #796417ae
 def evaluate_fusion(
     data,             # data set folder, or a list of Recording
     run,              # a run of train_fusion, or a folder that holds several (13 arms, 2 arms, ...)
@@ -491,16 +512,16 @@ def evaluate_fusion(
     "The table of every run: all rows, whole frame and inside the articulators; one record a recording and one for the mean."
     recordings, records = data if isinstance(data, list) else find_recordings(data), []
     for folder in find_runs(run):
-        given = json.loads((folder / "settings.json").read_text())
-        s = make_settings(**{k: v for k, v in given.items() if k in {f.name for f in fields(RunSettings)}})
-        model, deaf = load_sirem(folder), load_sirem(folder / "constant") if (folder / "constant" / "best").exists() else None
+        s = make_settings(**{k: v for k, v in json.loads((folder / "settings.json").read_text()).items() if k in {f.name for f in fields(RunSettings)}})
+        model = load_sirem(folder)
+        deaf, oracle = (load_sirem(folder / k) if getattr(s, k) and (folder / k / "best").exists() else None for k in ("constant", "oracle"))
         A, chosen = model.config.arms_per_frame, part_of(recordings, read_split(folder / "split.json"), part)
-        if not chosen: raise ValueError(f"no recording of the {part} subjects of {folder / 'split.json'} in the data: evaluate on the data the run was trained on")
+        if not chosen: raise ValueError(f"no recording of the {part} subjects of {folder / 'split.json'} in the data: evaluate on the run's own data")
         prepared = prepare(chosen, A, s.encoder, s.delta_s, s.mode, cache, s.target, s.encoder_path)
         for p in prepared:
             i = p.use.nonzero()[:, 0]
             if max_frames and len(i) > max_frames: i = i[torch.linspace(0, len(i) - 1, max_frames).round().long()]
-            if len(i): records += score_rows(all_rows(p, i, model, deaf, prepared, s.which, s.blur), p, i, A, s.which)
+            if len(i): records += score_rows(all_rows(p, i, model, deaf, prepared, s.which, s.blur, oracle), p, i, A, s.which)
     records = mean_records(records) + records
     if out is not None: write_json(Path(out) / "fusion.json", records)
     return records
