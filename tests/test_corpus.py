@@ -117,38 +117,52 @@ def test_resume_remakes_only_what_is_missing(corpus, tmp_path):
 
 
 SCRIPT = """
-from sirem_nb.speaker.corpus import simulate_corpus
+import os, signal, sys
+from sirem_nb.data.mrd import replacing
+from sirem_nb.speaker import corpus
 from sirem_nb.kspace.spiral import SpiralProtocol
+out, workers, die_at = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+write, calls = corpus.write_mrd, []
+
+def write_or_die(path, scan):
+    calls.append(path)
+    if len(calls) == die_at:
+        with replacing(path) as half:
+            open(half, "wb").write(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    write(path, scan)
+
 if __name__ == "__main__":
-    simulate_corpus({out!r}, 2, ["asouk", "[AA P AA]"], SpiralProtocol(n_arms=9, n_samples=400, matrix=42), seed=3, recordings=2, n_workers={workers}, seconds=None, n_coils=3)
+    if die_at: corpus.write_mrd = write_or_die
+    corpus.simulate_corpus(out, 1, ["[AA P AA]"], SpiralProtocol(n_arms=9, n_samples=400, matrix=42), seed=3, recordings=3, n_workers=workers, seconds=None, n_coils=3)
 """
 
 
-def run(tmp_path, workers, wait=True):
+def test_killed_in_the_middle_then_finished_by_two_processes(tmp_path):
     script = tmp_path / "make.py"
-    script.write_text(SCRIPT.format(out=str(tmp_path / "set"), workers=workers))
+    script.write_text(SCRIPT)
     env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
-    p = subprocess.Popen([sys.executable, str(script)], env=env, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    if wait:
-        _, err = p.communicate(timeout=300)
-        assert p.returncode == 0, err[-2000:]
-    return p
 
+    def start(folder, workers, die_at=0):
+        command = [sys.executable, str(script), str(tmp_path / folder), str(workers), str(die_at)]
+        return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
-def test_killed_in_the_middle_then_finished_by_two_processes(corpus, tmp_path):
-    p, end = run(tmp_path, 1, wait=False), time.monotonic() + 200
-    while not list(tmp_path.rglob("*_raw.h5")) and p.poll() is None and time.monotonic() < end:
-        time.sleep(0.02)
-    time.sleep(0.3)
-    os.killpg(p.pid, signal.SIGKILL)
-    p.wait()
-    p.stderr.close()
-    for r in find_recordings(tmp_path / "set"):                          # what is there is whole
+    def end(p):
+        err = p.communicate(timeout=300)[1]
+        return p.returncode, err[-2000:]
+
+    whole, killed = start("whole", 1), start("killed", 1, die_at=2)      # dies while it writes its second raw file
+    assert end(killed)[0] == -signal.SIGKILL
+    left = find_recordings(tmp_path / "killed")
+    assert len(left) == 1 and list((tmp_path / "killed").rglob(".*tmp*"))
+    for r in left:                                                       # what is there is whole
         read_mrd(r.raw), read_truth(r.truth), soundfile.read(r.audio)
-    run(tmp_path, 2)
-    made = find_recordings(tmp_path / "set")
-    assert differing(corpus[1], made) == []
-    assert not list((tmp_path / "set").rglob(".*tmp*"))
+    for p in (whole, start("killed", 2)):
+        code, err = end(p)
+        assert code == 0, err
+    made = find_recordings(tmp_path / "killed")
+    assert len(made) == 3 and differing(find_recordings(tmp_path / "whole"), made) == []
+    assert not list((tmp_path / "killed").rglob(".*tmp*"))
 
 
 def test_unknown_words_are_named_before_anything_is_made(tmp_path):
