@@ -59,14 +59,14 @@ class Frames:
 
     def __len__(self): return len(self.kspace)
 
-# %% ../../nbs/20_data/25_frames.ipynb #8e9eca55
+# %% ../../nbs/20_data/25_frames.ipynb #bb024408
 def cut_frames(
     scan,                   # a Scan
     arms_per_frame=None,    # None: a full rotation
     drop_transient="auto",  # see drops_transient
 ):                          # Frames
     "Cut a scan into frames of any number of arms."
-    A = arms_per_frame or scan.n_arms
+    A = scan.n_arms if arms_per_frame is None else arms_per_frame
     groups = frame_groups(scan.n_acq, scan.arm, A)
     first = groups.min(dim=1).values
     transient = first < n_transient(scan)
