@@ -27,7 +27,7 @@ from ..learning.speech_encoders import load_encoder, pooled_features
 # %% ../../nbs/60_fusion/65_sirem.ipynb #d8ef6aef
 TOY = SpiralProtocol(n_arms=5, n_samples=400, matrix=32, fov_mm=200.0, tr_s=1 / 12.81 / 5)
 
-# %% ../../nbs/60_fusion/65_sirem.ipynb #8d8eb05a
+# %% ../../nbs/60_fusion/65_sirem.ipynb #627d6763
 @dataclass(frozen=True)
 class SiremConfig:
     "What is needed to build the model and to prepare its inputs."
@@ -45,10 +45,12 @@ class SiremConfig:
     mode: str = "window"         # the encoder sees the "window" alone (eq. 9) or the whole "utterance"
 
     def __post_init__(self):
-        for name, allowed in {"audio": ("decoder", "constant"), "fusion_map": ("fixed", "predicted"), "mode": ("window", "utterance")}.items():
+        choices = {"audio": ("decoder", "constant"), "fusion_map": ("fixed", "predicted"), "mode": ("window", "utterance")}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed: raise ValueError(f"{name} = {getattr(self, name)!r}: expected {' or '.join(map(repr, allowed))}")
         if self.k is not None and self.arms_per_frame % self.n_arms:
-            raise ValueError(f"hard top-{self.k} with {self.arms_per_frame} of {self.n_arms} arms per frame would leave frames without any arm: use whole rotations or soft weights")
+            raise ValueError(f"hard top-{self.k} with {self.arms_per_frame} of {self.n_arms} arms per frame would leave frames without any arm: "
+                             "use whole rotations or soft weights")
 
 # %% ../../nbs/60_fusion/65_sirem.ipynb #cb1e2225
 class Sirem(nn.Module, Pretrained):
@@ -109,7 +111,7 @@ def load_sirem(
     best = Path(folder) / "best"
     return Sirem.from_pretrained(best if (best / "model.safetensors").exists() else folder, device)
 
-# %% ../../nbs/60_fusion/65_sirem.ipynb #4b2f11e2
+# %% ../../nbs/60_fusion/65_sirem.ipynb #4b8754c7
 @torch.no_grad()
 def reconstruct(
     scan,          # a Scan
@@ -122,8 +124,9 @@ def reconstruct(
 ):                 # frames (frame, y, x) float32 about [0, 1], centre_s (frame,)
     "From a raw scan and its sound to the fused film; uses the map in the checkpoint, never a mask of the frame."
     c = model.config
+    have, want = tuple(scan.im_size), tuple(c.im_size)
     if scan.n_arms != c.n_arms: raise ValueError(f"the scan has {scan.n_arms} arms, the checkpoint was trained with {c.n_arms}: train on scans of this protocol")
-    if tuple(scan.im_size) != tuple(c.im_size): raise ValueError(f"the scan's matrix is {tuple(scan.im_size)}, the checkpoint's {tuple(c.im_size)}: train on scans of this matrix")
+    if have != want: raise ValueError(f"the scan's matrix is {have}, the checkpoint's {want}: train on scans of this matrix")
     if wave is None: raise ValueError("no sound for this scan, SIREM needs it: give the wav file, or use gridding")
     encoder = encoder or load_encoder(c.encoder)
     groups, arm_index, centre_s = group_arms(scan.arm, scan.tr_s, c.arms_per_frame)
