@@ -54,7 +54,7 @@ def measured_image(
     "The measured branch x_m: weighted sum, magnitude, each sample to [0, 1]."
     return normalise01(weighted_sum(arms, p).abs())
 
-# %% ../../nbs/60_fusion/62_arm_profile.ipynb #cf35201e
+# %% ../../nbs/60_fusion/62_arm_profile.ipynb #1949acda
 class ArmProfile(nn.Module):
     "A learned weight for each spiral arm: soft, or hard top-K with a straight-through gradient (Hasan et al. 2026, section 3.4)."
     def __init__(self,
@@ -77,5 +77,5 @@ class ArmProfile(nn.Module):
         p = self.soft() if self.k is None else self.hard(self.k)
         if arm_index is None: return p
         if arm_index.min() < 0 or arm_index.max() >= len(p):
-            raise ValueError(f"arm index {int(arm_index.min())}..{int(arm_index.max())}, this profile has arms 0..{len(p) - 1}: the scan was made with another protocol")
+            raise ValueError(f"arm index {arm_index.min()}..{arm_index.max()}, this profile has arms 0..{len(p) - 1}: the scan was made with another protocol")
         return p[arm_index]
