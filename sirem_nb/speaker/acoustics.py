@@ -156,7 +156,7 @@ def _poles(area, length, n, *rest):
         s = s - step * (300 / step.abs().clamp(min=300))
     return torch.stack([s.imag / (2 * math.pi), -s.real / math.pi])
 
-# %% ../../nbs/30_speaker/32_acoustics.ipynb #fbc43beb
+# %% ../../nbs/30_speaker/32_acoustics.ipynb #82f8323e
 @torch.no_grad()
 def resonances(
     area_cm2,         # (..., section)
@@ -169,8 +169,7 @@ def resonances(
 ):                    # (..., n) Hz and (..., n) Hz: frequencies, bandwidths; NaN where there are fewer below 7 kHz
     "Poles of the transfer function: a start from the phase, then Newton in the complex plane."
     area, length = _tubes(area_cm2, length_cm)
-    lead = area.shape[:-1]
-    area, length = area.reshape(-1, area.shape[-1]), length.reshape(-1, area.shape[-1])
+    lead, (area, length) = area.shape[:-1], (x.reshape(-1, x.shape[-1]) for x in (area, length))
     port = torch.as_tensor(port_cm2, dtype=torch.float64).expand(lead).reshape(-1)
     out = torch.full((2, len(area), n), float("nan"), dtype=torch.float64)
     for nasal in (False, True):
