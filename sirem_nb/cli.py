@@ -308,7 +308,7 @@ def demo(
     spent["evaluate"] = time.perf_counter() - start - sum(spent.values())
     print(demo_report(out, data, spent, cache))
 
-# %% ../nbs/90_use/91_cli.ipynb #36f0a08e
+# %% ../nbs/90_use/91_cli.ipynb #0d3c5590
 def _train_demo(data, out, arms_per_frame, cache, device, epochs, seed):
     "One run of the demo: as the paper trains, with a tenth of the subjects to validate and a quarter held out."
     from sirem_nb.data.frames import find_recordings, split_subjects
@@ -316,4 +316,4 @@ def _train_demo(data, out, arms_per_frame, cache, device, epochs, seed):
     subjects = {r.subject for r in find_recordings(data)}
     split = split_subjects(subjects, n_val=max(1, len(subjects)//10), n_test=max(1, len(subjects)//4), seed=seed)
     print(f"training SIREM with {arms_per_frame or 'all'} arms per frame", flush=True)
-    train_fusion(data, out, arms_per_frame, split, True, cache, device, epochs=epochs, seed=seed, per_epoch=400)
+    train_fusion(data, out, arms_per_frame, split, True, cache, device, epochs=epochs, seed=seed, per_epoch=300)
