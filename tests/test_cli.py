@@ -7,7 +7,7 @@ from sirem_nb.data.mrd import read_recon
 from sirem_nb.data.sync import read_movie, write_movie
 
 SIREM = Path(sys.executable).parent/"sirem"
-COMMANDS = [["simulate"], ["info"], ["recon"], ["train", "fusion"], ["evaluate"], ["demo"]]
+COMMANDS = [["simulate"], ["info"], ["recon"], ["train", "fusion"], ["evaluate"], ["weights", "list"], ["weights", "from-file"], ["demo"]]
 
 
 def run(*argv, **kw): return subprocess.run([SIREM, *map(str, argv)], capture_output=True, text=True, **kw)
@@ -100,7 +100,8 @@ BAD = {
     "a file as folder": ["simulate", "{d}/text.h5"], "folder without recordings": ["train", "fusion", "{d}/empty", "--out", "{d}/r"],
     "split that overlaps": ["train", "fusion", "{data}", "--out", "{d}/r", "--split", "{d}/split.json"], "unknown encoder": ["train", "fusion", "{data}", "--out", "{d}/r", "--encoder", "magic"],
     "run that is none": ["evaluate", "{data}", "--run", "{d}/empty", "--out", "{d}/t"], "too few speakers": ["demo", "--out", "{d}/demo", "--speakers", "2"],
-    "missing argument": ["recon"], "option that is no number": ["demo", "--epochs", "many"], "unknown command": ["reconstruct"],
+    "weights nobody knows": ["weights", "from-file", "magic", "{raw}"], "weights with another checksum": ["weights", "from-file", "moonshine", "{d}/text.h5"],
+    "a folder as raw file": ["info", "{d}/empty"], "missing argument": ["recon"], "option that is no number": ["demo", "--epochs", "many"], "unknown command": ["reconstruct"],
 }
 
 

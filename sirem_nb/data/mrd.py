@@ -153,14 +153,14 @@ def write_mrd(
         f.create_dataset("dataset/data", data=rows, maxshape=(None,), chunks=(1,))
         if len(scan.arm.unique()) < scan.n_arms: f["dataset/ktraj"] = traj[None]
 
-# %% ../../nbs/20_data/21_mrd.ipynb #9eb3fd13
+# %% ../../nbs/20_data/21_mrd.ipynb #350463a0
 @contextmanager
 def open_mrd(
     path,  # an MRD file
 ):         # yields the HDF5 group with "xml" and "data"
     "Open the group of an MRD file that holds the acquisitions; every way in which that can fail is one line."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; an MRD raw file (.h5) was expected")
+    if not path.is_file(): raise FileNotFoundError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; an MRD raw file (.h5) was expected")
     if not path.stat().st_size: raise ValueError(f"{path}: the file is empty (0 bytes); copy or download it again")
     if not h5py.is_hdf5(path): raise ValueError(f"{path}: not an HDF5 file, so not MRD; raw data in another format must be converted to MRD first")
     try:
