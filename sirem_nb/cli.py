@@ -7,8 +7,8 @@ __all__ = ['app', 'train_app', 'Seed', 'Device', 'Workers', 'Raw', 'Data', 'METH
            'one_of', 'pick_device', 'main', 'simulate', 'info', 'write_film', 'recon', 'fusion', 'evaluate',
            'weights_list', 'weights_from_file', 'demo']
 
-# %% ../nbs/90_use/91_cli.ipynb #4b4faece
-import json, os, sys, time
+# %% ../nbs/90_use/91_cli.ipynb #bb61ae2b
+import json, sys, time
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -161,7 +161,7 @@ def _sirem(scan, sound, arms_per_frame, model):
 
 METHODS = {"gridding": _gridding, "sirem": _sirem}
 
-# %% ../nbs/90_use/91_cli.ipynb #acb0ce0f
+# %% ../nbs/90_use/91_cli.ipynb #24c5e871
 def write_film(
     out,        # folder
     scan,       # Scan
@@ -176,12 +176,8 @@ def write_film(
     from sirem_nb.data.sync import write_movie
     step = scan.tr_s*about["arms_per_frame"]
     write_recon(out/"recon.h5", frames, centre_s, scan.pixel_mm, method)
-    wave, rate = sound or (None, None)
-    if sound:
-        n0 = max(round((float(centre_s[0]) - step/2)*rate), 0)
-        wave = wave[n0:n0 + round(len(frames)*step*rate)]
     top = float(frames.flatten()[::max(1, frames.numel()//1_000_000)].quantile(0.995)) or 1.0
-    write_movie(out/"video.mp4", (frames/top).clamp(0, 1), 1/step, wave, rate)
+    write_movie(out/"video.mp4", (frames/top).clamp(0, 1), 1/step, *(sound or (None, None)), start_s=float(centre_s[0]) - step/2)
     write_json(out/"recon.json", about)
     for f in ("recon.h5", "video.mp4", "recon.json"): print(f"wrote {out/f}")
 
@@ -232,11 +228,11 @@ def _recon(scan, sound, method, out, arms_per_frame, model, transient, raw):
                  ms_per_frame=1e3*spent/n, origin=scan.origin, n_coils=scan.n_coils, n_arms=scan.n_arms, matrix=list(scan.im_size))
     write_film(out, scan, frames.cpu(), centre_s, sound, method, about)
 
-# %% ../nbs/90_use/91_cli.ipynb #1f66a3a6
+# %% ../nbs/90_use/91_cli.ipynb #72465a63
 @train_app.command(epilog="Example: sirem train fusion data --out run --arms-per-frame 2")
 def fusion(
     data: Data,
-    out: Annotated[Path, typer.Option(help="folder of the run: best/, constant/, curves.json, settings.json, split.json")],
+    out: Annotated[Path, typer.Option(help="folder of the run: best/, constant/, oracle/, curves.json, settings.json, split.json")],
     arms_per_frame: Annotated[int, typer.Option(help="arms that make a frame; default: a full rotation")] = None,
     split: Annotated[Path, typer.Option(help="a .json with train, val, test: lists of subjects; default: drawn by --seed")] = None,
     encoder: Annotated[str, typer.Option(help="speech encoder: logmel, hubert-base, wavlm-base, wav2vec2-base, moonshine, ...")] = "logmel",
@@ -253,11 +249,10 @@ def fusion(
     device: Device = "auto",
     seed: Seed = 0,
 ):
+    "Train SIREM on a data set, with its ablation without sound."
     _train_fusion(**locals())
 
-# %% ../nbs/90_use/91_cli.ipynb #d4b76c38
-fusion.__doc__ = "Train SIREM on a data set, with its ablation without sound."
-
+# %% ../nbs/90_use/91_cli.ipynb #3dbcbc4f
 def _train_fusion(data, out, arms_per_frame, split, resume, cache, device, encoder_path, **settings):
     from sirem_nb.fusion.train import train_fusion
     for n in ("epochs", "lr", "profile_lr", "k"): positive(settings[n], "--" + n.replace("_", "-"))
@@ -303,7 +298,7 @@ def weights_from_file(name: Annotated[str, typer.Argument(metavar="NAME", help="
     from sirem_nb.learning.checkpoint import import_weights
     print(f"wrote {import_weights(name, file)}")
 
-# %% ../nbs/90_use/91_cli.ipynb #eec3e308
+# %% ../nbs/90_use/91_cli.ipynb #9440e5a7
 @app.command(epilog="Example: sirem demo --out out/demo")
 def demo(
     out: Annotated[Path, typer.Option(help="folder for everything")] = Path("out/demo"),
@@ -318,11 +313,11 @@ def demo(
     from sirem_nb.report import demo_report
     for v, n in ((speakers, "--speakers"), (seconds, "--seconds"), (epochs, "--epochs"), (workers, "--workers")): positive(v, n)
     if speakers < 3: raise ValueError(f"--speakers {speakers}: at least 3 are needed, one to train, one to validate and one held out")
-    start, data, cache = time.perf_counter(), out/"data", out/"cache"
+    device, start, data, cache = pick_device(device), time.perf_counter(), out/"data", out/"cache"
     _simulate_speakers(data, speakers=speakers, seconds=seconds, recordings=2, workers=workers, seed=seed, transient=False)
     spent = {"simulate": time.perf_counter() - start}
     for name, A in (("13-arms", None), ("2-arms", 2)):
-        _train_demo(data, out/"runs"/name, A, cache, pick_device(device), epochs, seed)
+        _train_demo(data, out/"runs"/name, A, cache, device, epochs, seed)
     spent["train"] = time.perf_counter() - start - sum(spent.values())
     evaluate(data, out/"runs", out/"tables", "test", cache, max_frames=150)
     spent["evaluate"] = time.perf_counter() - start - sum(spent.values())

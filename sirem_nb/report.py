@@ -307,7 +307,7 @@ def showcase(
     about = dict(zip(("wave", "rate"), read_audio(chosen[0].audio)), name=q.recording.name, arms=c.arms_per_frame, step_s=c.arms_per_frame*q.facts["tr_s"])
     return about | dict(times_s=q.centre_s[i].numpy(), movies={k: v.numpy() for k, v in movies.items()}, p=parts[0]["p_all"].numpy(), w=model.map.numpy())
 
-# %% ../nbs/90_use/92_report.ipynb #07923ffb
+# %% ../nbs/90_use/92_report.ipynb #cf4db6a5
 def show(
     case,       # of showcase
     folder,     # where its film is written
@@ -315,15 +315,15 @@ def show(
     "The film with its sound, some frames, a line of pixels through time, the map and the arm weights."
     t, step, top = case["times_s"], case["step_s"], float(np.quantile(case["movies"]["truth"], 0.995))
     movies = {k: v/top for k, v in case["movies"].items()}                # for the eye only: the scores use [0, 1]
-    n0 = max(round((t[0] - step/2)*case["rate"]), 0)
+    start_s = float(t[0]) - step/2
     path = Path(folder)/f"{case['arms']}-arms.mp4"
-    write_movie(path, tiles(movies), 1/step, case["wave"][n0:n0 + round(len(t)*step*case["rate"])], case["rate"], scale=3)
+    write_movie(path, tiles(movies), 1/step, case["wave"], case["rate"], scale=3, start_s=start_s)
     moving = movies["truth"].std(0); picks = np.linspace(0, len(t) - 1, 8).round().astype(int)[1:-1]
     column = int((moving*(case["w"] > 0.3)).sum(0).argmax())
     return "\n".join([
         film(path, f"{case['name']}, {1/step:.1f} frames/s, with its sound. From the left: {', '.join(movies)} (where it takes part; it exaggerates, being mixed with the measured picture)."),
         picture(frames_figure({k: movies[k] for k in ("truth", "gridding", "SIREM")}, t, picks), "Each frame is scaled to [0, 1] by itself, then shown brighter. Errors share one colour scale."),
-        picture(profile_figure(movies, t - t[0] + step/2, column, case["wave"][n0:], case["rate"]), f"Pixel column {column}, through the tongue, in every frame; time runs to the right."),
+        picture(profile_figure(movies, t - start_s, column, case["wave"][max(round(start_s*case["rate"]), 0):], case["rate"]), f"Pixel column {column}, through the tongue, in every frame; time runs to the right."),
         picture(map_figure(case["w"], case["p"], movies["truth"].mean(0)), "Where SIREM listens to the sound (the mean mask of the training speakers), and how it weights the spiral arms.")])
 
 # %% ../nbs/90_use/92_report.ipynb #2e75840b
@@ -335,7 +335,7 @@ def curves_of(
         if f.is_file(): return json.loads(f.read_text())["history"]
     raise FileNotFoundError(f"{run}: no curves.json in it; a folder that sirem train fusion wrote was expected")
 
-# %% ../nbs/90_use/92_report.ipynb #76b113bf
+# %% ../nbs/90_use/92_report.ipynb #c4213d92
 def demo_report(
     out,        # the demo's folder, with runs/ and tables/fusion.json in it
     data,       # its data set
@@ -344,9 +344,8 @@ def demo_report(
 ):              # path of report.html
     "Everything the demo made, on one page."
     out = Path(out); records = json.loads((out/"tables"/"fusion.json").read_text())
-    runs = {p.name: p for p in sorted((out/"runs").iterdir(), reverse=True)}
-    runs = dict(sorted(runs.items(), key=lambda kv: -int(kv[0].split("-")[0])))
-    n = len(find_recordings(data)); subjects = len({r.subject for r in find_recordings(data)})
+    runs = {p.name: p for p in sorted((out/"runs").iterdir(), key=lambda p: -int(p.name.split("-")[0]))}
+    recordings = find_recordings(data); n, subjects = len(recordings), len({r.subject for r in recordings})
     tables = "".join(f"<p>{heading(a, region)}</p>{table_html(*t, METRICS, METHODS)}" for a, region, t in blocks(records))
     cases = [showcase(data, r, cache) for r in runs.values()]
     rates = " ".join(f"{c['arms']} arms make a frame every {1e3*c['step_s']:.0f} ms." for c in cases)

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['resample', 'read_audio', 'audio_windows', 'nearest_reference', 'run_ffmpeg', 'read_movie', 'frame_rate',
-           'read_movie_sound', 'write_movie']
+           'read_movie_sound', 'fit_sound', 'write_movie']
 
 # %% ../../nbs/20_data/22_sync.ipynb #a0eadaa5
 import re, subprocess, tempfile
@@ -134,7 +134,19 @@ def read_movie_sound(
     wave, rate = np.frombuffer(raw, np.float32).copy(), int(stream[1])
     return (wave[round(skip * rate):], rate) if len(wave) else (None, None)
 
-# %% ../../nbs/20_data/22_sync.ipynb #11bcfdc3
+# %% ../../nbs/20_data/22_sync.ipynb #6f5b7b7d
+def fit_sound(
+    wave,     # (sample,)
+    rate,     # Hz
+    start_s,  # where the pictures begin on the clock of the sound, s
+    seconds,  # how long they last
+):            # (sample,) at 48 kHz
+    "The sound that goes with the pictures: from their beginning on and exactly as long, silent where there is none."
+    w, n = wave[max(round(start_s * rate), 0):], round(seconds * 48000)
+    w = resample(w, rate, 48000) if len(w) else w
+    return np.pad(w[:n], (0, max(0, n - len(w))))
+
+# %% ../../nbs/20_data/22_sync.ipynb #292b03db
 def write_movie(
     path,       # the .mp4 to write
     frames,     # (frame, y, x) in 0..1
@@ -142,6 +154,7 @@ def write_movie(
     wave=None,  # (sample,) sound on the same clock
     rate=None,  # Hz
     scale=4,    # each pixel becomes scale x scale
+    start_s=0., # when the first frame begins on the clock of the sound
 ):
     "Write an mp4 that browsers play (H.264, yuv420p, AAC), with the sound in step; in one step."
     x = np.asarray(frames)
@@ -154,8 +167,7 @@ def write_movie(
     with replacing(Path(path).with_suffix(".mp4")) as tmp, tempfile.TemporaryDirectory() as folder:
         sound = []
         if wave is not None:
-            w, n = resample(wave, rate, 48000), round(len(x) / fps * 48000)
-            soundfile.write(f"{folder}/a.wav", np.pad(w[:n], (0, max(0, n - len(w)))), 48000, subtype="FLOAT")
+            soundfile.write(f"{folder}/a.wav", fit_sound(wave, rate, start_s, len(x) / fps), 48000, subtype="FLOAT")
             sound, code = ["-i", f"{folder}/a.wav"], [*code, "-c:a", "aac", "-b:a", "160k"]
         try: run_ffmpeg([*video, *sound, *code, tmp], x.tobytes())
         except ValueError as e: raise OSError(str(e)) from e

@@ -28,10 +28,22 @@ def _check(kspace, arm, ktraj, dcf, smaps=None):
         raise ValueError("the raw data hold NaN or infinite samples: leave those acquisitions out")
     return kspace, arm.cpu(), ktraj, dcf, None if smaps is None else torch.as_tensor(smaps, device=kspace.device)
 
-# %% ../../nbs/10_kspace/15_gridding.ipynb #3b2a7dad
+# %% ../../nbs/10_kspace/15_gridding.ipynb #f58df93e
 _PIXELS_AT_ONCE = 4_000_000  # coil pictures in memory at a time: about 32 MB
 
 
+def _pictures(kspace, arm, ktraj, dcf, smaps, im_size, backend):
+    "kspace (frame, coil, arm, sample), arm (frame, arm) -> (frame, y, x); everything is checked already."
+    out = kspace.new_zeros(len(kspace), *im_size)
+    step = max(1, _PIXELS_AT_ONCE // (len(smaps) * im_size[0] * im_size[1]))
+    sets, group = arm.unique(dim=0, return_inverse=True)
+    for i, arms in enumerate(sets):
+        op = Nufft(ktraj[arms], im_size, backend, device=kspace.device)
+        for n in (group == i).nonzero()[:, 0].split(step):
+            out[n] = combine(op.adjoint(kspace[n] * dcf[arms]), smaps)
+    return out
+
+# %% ../../nbs/10_kspace/15_gridding.ipynb #c5d78cff
 def acq_images(
     kspace,          # (acq, coil, sample) complex
     arm,             # (acq,) int: which arm each acquisition played
@@ -45,13 +57,7 @@ def acq_images(
     kspace, arm, ktraj, dcf, smaps = _check(kspace, arm, ktraj, dcf, smaps)
     if arm.shape != kspace.shape[:1] or kspace.ndim != 3:
         raise ValueError(f"expected kspace (acq, coil, sample) and arm (acq,), found {tuple(kspace.shape)} and {tuple(arm.shape)}")
-    out = kspace.new_zeros(len(kspace), *im_size)
-    step = max(1, _PIXELS_AT_ONCE // (len(smaps) * im_size[0] * im_size[1]))
-    for a in arm.unique().tolist():
-        op = Nufft(ktraj[a], im_size, backend, device=kspace.device)
-        for n in (arm == a).nonzero()[:, 0].split(step):
-            out[n] = combine(op.adjoint(kspace[n] * dcf[a]), smaps)
-    return out
+    return _pictures(kspace[:, :, None], arm[:, None], ktraj, dcf, smaps, im_size, backend)
 
 # %% ../../nbs/10_kspace/15_gridding.ipynb #609535fe
 def arm_images(
@@ -78,7 +84,7 @@ def combine_arms(
     "x_m = sum_i p_i A_i (SIREM, eqs. 12 and 13, with the sum over the arms taken out)."
     return A.sum(-3) if p is None else (torch.as_tensor(p, device=A.device)[..., None, None] * A).sum(-3)
 
-# %% ../../nbs/10_kspace/15_gridding.ipynb #cbeb038c
+# %% ../../nbs/10_kspace/15_gridding.ipynb #0e54f91c
 def gridding(
     kspace,          # (frame, coil, arm, sample) complex
     ktraj,           # (arm, sample, 2) cycles/pixel
@@ -90,15 +96,7 @@ def gridding(
 ):                   # (frame, y, x) complex64
     "The measured picture of every frame: adjoint NUFFT of the weighted samples, coils combined (SIREM, eq. 13, p = 1)."
     arm = torch.as_tensor(torch.arange(kspace.shape[2]) if arm is None else arm).expand(len(kspace), kspace.shape[2])
-    kspace, arm, ktraj, dcf, smaps = _check(kspace, arm, ktraj, dcf, smaps)
-    out = kspace.new_zeros(len(kspace), *im_size)
-    step = max(1, _PIXELS_AT_ONCE // (len(smaps) * im_size[0] * im_size[1]))
-    sets, group = arm.unique(dim=0, return_inverse=True)
-    for i, arms in enumerate(sets):
-        op = Nufft(ktraj[arms], im_size, backend, device=kspace.device)
-        for n in (group == i).nonzero()[:, 0].split(step):
-            out[n] = combine(op.adjoint(kspace[n] * dcf[arms]), smaps)
-    return out
+    return _pictures(*_check(kspace, arm, ktraj, dcf, smaps), im_size, backend)
 
 # %% ../../nbs/10_kspace/15_gridding.ipynb #602f521f
 def estimate_smaps(
