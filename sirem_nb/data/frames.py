@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['TRANSIENT_ACQ', 'NAME', 'PARTS', 'frame_groups', 'n_transient', 'drops_transient', 'Frames', 'cut_frames',
-           'Recording', 'recording_of', 'find_recordings', 'check_split', 'split_subjects', 'write_split', 'read_split',
-           'part_of', 'FrameDataset']
+           'frame_blocks', 'weights_and_maps', 'Recording', 'recording_of', 'find_recordings', 'check_split',
+           'split_subjects', 'write_split', 'read_split', 'part_of', 'FrameDataset']
 
-# %% ../../nbs/20_data/25_frames.ipynb #5061ac0b
+# %% ../../nbs/20_data/25_frames.ipynb #6134f27a
 import json, re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +16,8 @@ import torch
 
 from .mrd import find_audio, read_mrd, write_json
 from .sync import audio_windows, read_audio
+from ..kspace.density import density
+from ..kspace.gridding import estimate_smaps
 
 # %% ../../nbs/20_data/25_frames.ipynb #68c82ca5
 def frame_groups(
@@ -59,20 +61,42 @@ class Frames:
 
     def __len__(self): return len(self.kspace)
 
-# %% ../../nbs/20_data/25_frames.ipynb #bb024408
+# %% ../../nbs/20_data/25_frames.ipynb #12fb1a32
 def cut_frames(
     scan,                   # a Scan
     arms_per_frame=None,    # None: a full rotation
     drop_transient="auto",  # see drops_transient
 ):                          # Frames
     "Cut a scan into frames of any number of arms."
+    return next(frame_blocks(scan, arms_per_frame, drop_transient))
+
+def frame_blocks(
+    scan,                   # a Scan, in memory or on disk
+    arms_per_frame=None,    # None: a full rotation
+    drop_transient="auto",  # see drops_transient
+    size=None,              # frames in a block; None: all in one
+):                          # yields Frames
+    "The frames of a scan, block after block: the memory of one block is enough for a scan of any length."
     A = scan.n_arms if arms_per_frame is None else arms_per_frame
     groups = frame_groups(scan.n_acq, scan.arm, A)
     first = groups.min(dim=1).values
     transient = first < n_transient(scan)
     keep = ~transient if drops_transient(scan, drop_transient) and not transient.all() else torch.ones_like(transient)
-    groups, first = groups[keep], first[keep]
-    return Frames(scan.kspace[groups].transpose(1, 2).contiguous(), scan.arm[groups], (first.double() + A/2) * scan.tr_s, transient[keep])
+    for g, n, t in zip(*(x[keep].split(size or len(keep)) for x in (groups, first, transient))):
+        yield Frames(scan.kspace[g].transpose(1, 2).contiguous(), scan.arm[g], (n.double() + A/2) * scan.tr_s, t)
+
+# %% ../../nbs/20_data/25_frames.ipynb #a41d2b62
+def weights_and_maps(
+    scan,      # a Scan, in memory or on disk
+    size=500,  # acquisitions at a time
+):             # dcf (arm, sample) float32, smaps (coil, y, x) complex64
+    "Density weights and coil maps of a recording (SIREM, section 3.2)."
+    dcf, _ = density(scan.ktraj, scan.im_size, scan.dcf_column)
+    total = torch.zeros(scan.n_arms, *scan.kspace.shape[1:], dtype=torch.complex64)
+    for n in torch.arange(scan.n_acq).split(size): total.index_add_(0, scan.arm[n], scan.kspace[n])
+    count = torch.bincount(scan.arm, minlength=scan.n_arms)
+    played = count.nonzero()[:, 0]
+    return dcf, estimate_smaps(total[played] / count[played, None, None], played, scan.ktraj, dcf, scan.im_size)
 
 # %% ../../nbs/20_data/25_frames.ipynb #f2ee2cfc
 NAME = re.compile(r"^(?P<subject>[^_]+)_2drt_(?P<task>\d+)_(?P<stimulus>.+?)(?:_r(?P<repetition>\d+))?$")
