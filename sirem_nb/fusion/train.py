@@ -6,11 +6,12 @@
 __all__ = ['VERSION', 'toy_corpus', 'cache_folder', 'fingerprint', 'stored', 'stored_pictures', 'read_reference', 'Prepared',
            'prepare_one', 'prepare', 'FrameLoader', 'FusionSettings', 'RunSettings', 'make_settings', 'labelled',
            'training_map', 'new_model', 'keep_memory', 'run_model', 'fit_sirem', 'choose_split', 'prepare_parts',
-           'train_fusion', 'other_sound', 'variants', 'all_rows', 'score_rows', 'mean_records', 'find_runs',
-           'evaluate_fusion']
+           'subject_folds', 'evenly', 'branch_sums', 'best_constant', 'fit_lsq', 'save_lsq', 'train_fusion',
+           'other_sound', 'variants', 'all_rows', 'score_rows', 'label_rows', 'error_maps', 'add_maps', 'mean_records',
+           'find_runs', 'load_run', 'evaluate_fusion']
 
-# %% ../../nbs/60_fusion/66_train.ipynb #2f5a9dcb
-import ctypes, hashlib, json, os
+# %% ../../nbs/60_fusion/66_train.ipynb #8c3762ba
+import copy, ctypes, hashlib, json, os, shutil
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -22,10 +23,10 @@ import torch
 from ..data.frames import Recording, check_split, find_recordings, n_transient, part_of, read_split, split_subjects
 from ..data.mrd import read_mrd, read_recon, replacing, write_json, write_mrd
 from ..data.sync import nearest_reference, read_audio
-from ..evaluate.image import psnr, scores
-from .arm_profile import normalise01, weighted_sum
+from ..evaluate.image import psnr, scores, ssim_map
+from .arm_profile import measured_image, normalise01
 from .audio_branch import toy_movie
-from .fusion_map import ARTICULATORS, mask_map, mean_map, motion_map
+from .fusion_map import ARTICULATORS, least_squares_map, map_sums, mask_map, mean_map, motion_map
 from .objective import arm_psfs, total
 from .sirem import TOY, Sirem, SiremConfig, acquisition_pictures, group_arms, load_sirem, toy_scan
 from ..learning.speech_encoders import load_encoder, pooled_features
@@ -75,7 +76,7 @@ def fingerprint(
     st = Path(path).stat()
     return hashlib.sha256(json.dumps([VERSION, str(Path(path).resolve()), st.st_size, st.st_mtime_ns, *settings]).encode()).hexdigest()[:16]
 
-# %% ../../nbs/60_fusion/66_train.ipynb #029ee7ef
+# %% ../../nbs/60_fusion/66_train.ipynb #696c691c
 def stored(
     path,     # .npy file
     compute,  # function without arguments -> array
@@ -85,7 +86,7 @@ def stored(
         with replacing(path) as tmp, open(tmp, "wb") as f: np.save(f, compute())
     return np.load(path, mmap_mode="r")
 
-# %% ../../nbs/60_fusion/66_train.ipynb #d39f8493
+
 def stored_pictures(
     scan,   # function without arguments -> Scan; called only if there is no file yet
     path,   # .npy file
@@ -149,7 +150,7 @@ class Prepared:
     def masks(self, i, which, blur=0.): return mask_map(self.labels(i), self.reference["names"], which, blur)   # (batch, y, x)
     def batch(self, i): return {"arms": self.arms(i), "arm_index": self.arm_index[i], "features": self.features[i], "target": self.target(i)}
 
-# %% ../../nbs/60_fusion/66_train.ipynb #9ff3911f
+# %% ../../nbs/60_fusion/66_train.ipynb #00575732
 def prepare_one(
     recording,            # a Recording
     arms_per_frame=None,  # None: a full rotation
@@ -162,7 +163,7 @@ def prepare_one(
     "Pictures, features and references of one recording, from the cache where they are there."
     r, folder = recording, cache_folder(cache)
     if r.audio is None: raise ValueError(f"{r.name}: no audio file beside {r.raw}; SIREM needs the sound")
-    load = lambda: read_mrd(r.raw)
+    load = lambda: read_mrd(r.raw, on_disk=True)
     pictures, facts = stored_pictures(load, folder / f"{r.name}-pictures-{fingerprint(r.raw)}.npy")
     A = arms_per_frame or facts["n_arms"]
     groups, arm_index, centre_s = group_arms(torch.tensor(facts["arm"]), facts["tr_s"], A)
@@ -242,7 +243,7 @@ class FusionSettings:
     k: int | None = None             # hard top-K arms; None: soft weights
     fusion_map: str = "fixed"        # "fixed" or "predicted"
 
-# %% ../../nbs/60_fusion/66_train.ipynb #74c6a44c
+# %% ../../nbs/60_fusion/66_train.ipynb #72771374
 @dataclass(frozen=True)
 class RunSettings(FusionSettings):
     "The rest: what the paper leaves open, and how large a run is."
@@ -255,10 +256,13 @@ class RunSettings(FusionSettings):
     val_frames: int | None = 400     # frames to validate on; None: all
     constant: bool = True            # also train the ablation "constant picture"
     oracle: bool = True              # also train the oracle with each frame's own masks, where there are masks
+    lsq: bool = True                 # also fit the least-squares map, where there are two training speakers or more
+    lsq_folds: int = 3               # decoders trained for it, each without some of the training speakers
+    lsq_hidden: tuple = (512, 512)   # widths of those decoders: narrower, since there are several
     encoder_path: str | None = None  # where the encoder's weights lie
     seed: int = 0
 
-
+# %% ../../nbs/60_fusion/66_train.ipynb #a7725d8b
 def make_settings(
     **given,  # fields of RunSettings
 ):            # RunSettings
@@ -268,7 +272,7 @@ def make_settings(
     if unknown: raise ValueError(f"no training setting {unknown[0]!r}: expected one of {', '.join(known)}")
     return RunSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
-# %% ../../nbs/60_fusion/66_train.ipynb #d0fe86af
+
 def labelled(prepared): return [p for p in prepared if p.reference["labels"] is not None]  # those with masks
 
 
@@ -374,30 +378,115 @@ def prepare_parts(
     if len(kinds) > 1: raise ValueError(f"recordings with different (arms, matrix) in one training set: {sorted(kinds)}: train on one kind")
     return split, train, val
 
-# %% ../../nbs/60_fusion/66_train.ipynb #4a3aa72f
+# %% ../../nbs/60_fusion/66_train.ipynb #fee18dd7
+def subject_folds(
+    prepared,  # list of Prepared
+    n,         # folds
+):             # list of (others, fold), lists of Prepared: every subject is in one fold
+    "Deal the speakers into folds."
+    subjects = sorted({p.recording.subject for p in prepared})
+    parts = [subjects[j::n] for j in range(min(n, len(subjects)))]
+    return [([p for p in prepared if p.recording.subject not in f], [p for p in prepared if p.recording.subject in f]) for f in parts]
+
+
+def evenly(
+    p,       # Prepared
+    n=None,  # at most so many; None: all
+):           # (frame,) int64
+    "Usable frames of a recording, evenly spaced."
+    i = p.use.nonzero()[:, 0]
+    return i if not n or len(i) <= n else i[torch.linspace(0, len(i) - 1, n).round().long()]
+
+# %% ../../nbs/60_fusion/66_train.ipynb #e6a25928
+@torch.no_grad()
+def branch_sums(
+    model,     # a Sirem, and what gives xm: its arm weights
+    prepared,  # list of Prepared
+    n=200,     # frames of each recording: neighbours are nearly alike
+    xa=None,   # (y, x) picture in place of the audio branch's
+):             # (2, y, x) float64, see map_sums
+    "The sums of the least-squares map for a model's two branches."
+    model, total_sums = model.eval(), 0
+    for p in prepared:
+        for j in evenly(p, n).split(64):
+            out = run_model(model, {k: v.to(model.map.device) for k, v in p.batch(j).items()}, xa=xa)
+            total_sums = total_sums + map_sums(p.target(j).to(out["xm"].device), out["xm"], out["xa"])
+    return total_sums
+
+# %% ../../nbs/60_fusion/66_train.ipynb #cd6ed630
+@torch.no_grad()
+def best_constant(
+    model,     # a Sirem: its map and arm weights
+    prepared,  # list of Prepared
+    n=200,     # frames of each recording
+):             # (y, x)
+    "The constant picture that goes best with the model's map and measurements."
+    x, xm, w = 0, 0, model.map.clamp_min(0.05)
+    for p in prepared:
+        parts = [(p.target(j), measured_image(p.arms(j), model.profile(p.arm_index[j].to(w.device)).cpu())) for j in evenly(p, n).split(64)]
+        x, xm = x + sum(a.sum(0) for a, _ in parts), xm + sum(b.sum(0) for _, b in parts)
+    count = sum(len(evenly(p, n)) for p in prepared)
+    x, xm = (x / count).to(w), (xm / count).to(w)
+    return torch.where(model.map > 0.05, (x - (1 - w) * xm) / w, x)
+
+# %% ../../nbs/60_fusion/66_train.ipynb #37d42f02
+def fit_lsq(
+    model,       # the trained Sirem
+    train, val,  # lists of Prepared
+    out,         # folder
+    s,           # RunSettings
+    device="cpu", psfs=None, resume=False,
+):
+    "The least-squares map on out-of-fold predictions: out/best is the model with it, out/constant/best the control without sound, out/maps.npz all maps."
+    small, sums = replace(s, hidden=s.lsq_hidden, batch_size=4 * s.batch_size, lr=3 * s.lr, val_every=s.epochs), {"w": 0, "constant": 0}
+    for j, (others, fold) in enumerate(subject_folds(train, s.lsq_folds)):
+        home = out / f"fold{j}"
+        def held_out():
+            heard = new_model(others, model.config.arms_per_frame, small)[0].to(device)
+            fit_sirem(heard, others, val, home, small, small.lr, psfs, resume)
+            heard.profile.load_state_dict(model.profile.state_dict())
+            return torch.stack([branch_sums(heard, fold), branch_sums(model, fold, xa=best_constant(model, others))]).cpu().numpy()
+        if not resume: (out / f"fold{j}.npy").unlink(missing_ok=True)
+        found = stored(out / f"fold{j}.npy", held_out)
+        shutil.rmtree(home, ignore_errors=True)
+        for k, v in zip(sums, found): sums[k] = sums[k] + torch.from_numpy(np.array(v))
+    maps = {k: least_squares_map(v) for k, v in sums.items()}
+    return save_lsq(model, maps, best_constant(model, train), {**maps, "in_sample": least_squares_map(branch_sums(model, train)), "start": model.map}, out)
+
+# %% ../../nbs/60_fusion/66_train.ipynb #e1f7d717
+def save_lsq(model, maps, constant, all_maps, out):
+    "The model with its new map, the control, and the maps as pictures."
+    heard, deaf = copy.deepcopy(model), Sirem(replace(model.config, audio="constant"))
+    heard.map.copy_(maps["w"])
+    deaf.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("audio.")}, strict=False)
+    deaf.audio.image.data.copy_(constant); deaf.map.copy_(maps["constant"])
+    heard.save_pretrained(out / "best"); deaf.save_pretrained(out / "constant" / "best")
+    with replacing(out / "maps.npz") as tmp, open(tmp, "wb") as f: np.savez(f, **{k: v.cpu().numpy() for k, v in all_maps.items()})
+
+# %% ../../nbs/60_fusion/66_train.ipynb #73f0cdd4
 def train_fusion(
-    data,                 # data set folder, or a list of Recording
-    out,                  # folder of the run
+    data, out,            # data set folder, or a list of Recording; folder of the run
     arms_per_frame=None,  # None: a full rotation
     split=None,           # dict, path of a .json, or None: drawn by subject
     resume=False,         # go on where an interrupted run stopped
-    cache=None,           # see cache_folder
-    device="cpu",
+    cache=None, device="cpu",
     **settings,           # fields of RunSettings
 ):                        # the trained Sirem
-    "Train SIREM, and beside it in constant/ and oracle/ the ablation and the oracle; each writes best/ and curves.json, the run settings.json and split.json."
+    "Train SIREM, and beside it in constant/, oracle/ and lsq/ the ablation, the oracle and the least-squares map; each writes best/, the run settings.json and split.json."
     s, out, _ = make_settings(**settings), Path(out), keep_memory()
     split, train, val = prepare_parts(data, split, arms_per_frame, s, cache)
     model, source = new_model(train, arms_per_frame or train[0].facts["n_arms"], s)
     about = {"arms_per_frame": model.config.arms_per_frame, "map_from": source, "target_kind": train[0].reference["kind"], "split": split,
              "n_train": sum(int(p.use.sum()) for p in train), "n_val": sum(int(p.use.sum()) for p in val)}
     about["oracle"] = s.oracle and all(with_masks := [labelled(train), labelled(val)])   # no oracle without labels
+    about["lsq"] = s.lsq and s.fusion_map == "fixed" and len({p.recording.subject for p in train}) > 1     # no folds of one speaker
     write_json(out / "split.json", split); write_json(out / "settings.json", {**asdict(s), **about})
-    psfs = arm_psfs(read_mrd(train[0].recording.raw).ktraj, model.config.im_size).to(device) if s.psf == "true" else None
+    psfs = arm_psfs(read_mrd(train[0].recording.raw, on_disk=True).ktraj, model.config.im_size).to(device) if s.psf == "true" else None
     fit_sirem(model.to(device), train, val, out, s, s.lr, psfs, resume)
     again = lambda s, audio="decoder": new_model(train, model.config.arms_per_frame, s, audio)[0].to(device)
     if s.constant: fit_sirem(again(s, "constant"), train, val, out / "constant", s, s.constant_lr, psfs, resume)
     if about["oracle"]: fit_sirem(again(replace(s, fusion_map="fixed")), *with_masks, out / "oracle", s, s.lr, psfs, resume, (s.which, s.blur))
+    if about["lsq"]: fit_lsq(model, train, val, out / "lsq", s, device, psfs, resume)
     return model
 
 # %% ../../nbs/60_fusion/66_train.ipynb #1a0bb494
@@ -419,13 +508,14 @@ def other_sound(
     f = pool[0].features[pool[0].use]
     return f[torch.arange(n) % len(f)], pool[0].recording.name
 
-# %% ../../nbs/60_fusion/66_train.ipynb #0d48374e
+# %% ../../nbs/60_fusion/66_train.ipynb #9a326c2e
 def variants(
     p,           # Prepared: a test recording
     model, deaf, # Sirem and its constant-picture ablation (or None)
     others,      # list of Prepared, donors of the wrong sound
     which, blur, # for the oracle's masks
     oracle=None, # a Sirem trained with each frame's own masks
+    lsq=None,    # (Sirem with the least-squares map, its control without sound)
 ):               # {row: (model, (frame, dim) features, what else to hand in for frames i, note)}
     "The rows of the table that are a model's."
     zero, f, plain = torch.zeros(model.config.im_size), p.features, lambda i: {}
@@ -438,9 +528,12 @@ def variants(
     rows.setdefault("sirem-other-audio", rows.get("sirem-other-speaker", rows["sirem-shifted-audio"]))
     if oracle is not None and labelled([p]):
         rows["sirem-oracle"] = (oracle, f, lambda i: {"w": p.masks(i, which, blur)}, "trained and tested with each frame's own masks, as the paper does")
+    if lsq is not None:
+        rows |= {"sirem-lsq": (lsq[0], f, plain, "least-squares map, fitted out of fold"), "sirem-lsq-constant": (lsq[1], f, plain, "one picture for all sounds, with a map fitted to it"),
+                 "sirem-lsq-other-audio": (lsq[0], *rows["sirem-other-audio"][1:])}
     return rows
 
-# %% ../../nbs/60_fusion/66_train.ipynb #e5924e66
+# %% ../../nbs/60_fusion/66_train.ipynb #3f60d932
 @torch.no_grad()
 def all_rows(
     p,           # Prepared: a test recording
@@ -449,9 +542,10 @@ def all_rows(
     others,      # list of Prepared, donors of the wrong sound
     which, blur, # for the oracle's masks
     oracle=None, # a Sirem trained with each frame's own masks
+    lsq=None,    # (Sirem with the least-squares map, its control without sound)
 ):               # {row: ((n, y, x) frames, note)}
     "Every row of the table for one recording."
-    todo = variants(p, model, deaf, others, which, blur, oracle)
+    todo = variants(p, model, deaf, others, which, blur, oracle, lsq)
     films = {name: [] for name in ("gridding", *todo)}
     for j in i.split(64):
         b = p.batch(j)
@@ -462,7 +556,7 @@ def all_rows(
     mean = model.mean_image.expand(len(i), *model.config.im_size), "mean picture of the training set"
     return {"gridding": rows.pop("gridding"), "mean-image": mean, **rows}
 
-# %% ../../nbs/60_fusion/66_train.ipynb #32ebc799
+# %% ../../nbs/60_fusion/66_train.ipynb #3bd6e6bc
 def score_rows(
     rows,            # {row: (frames, note)}
     p,               # Prepared
@@ -479,19 +573,50 @@ def score_rows(
         for region, mask in regions.items():
             values = scores(x, target, 1.0, mask).items()
             out += [{**common, "method": method, "note": note, "region": region, "metric": k, "value": v} for k, v in values if np.isfinite(v)]
+    return out + label_rows(rows, p, i, common)
+
+# %% ../../nbs/60_fusion/66_train.ipynb #e0363e0f
+def label_rows(rows, p, i, common):
+    "PSNR and SSIM of every row inside each labelled part, as records of the table fusion-label; a frame without the part does not count."
+    if not labelled([p]): return []
+    target, labels, out = p.target(i).double(), p.labels(i), []
+    masks = {name: labels == number for name, number in p.reference["names"].items() if (labels == number).any()}
+    for method, (x, note) in rows.items():
+        maps = {"mse": (x.double() - target).square(), "ssim": ssim_map(x, target, 1.0)}
+        for name, mask in masks.items():
+            seen = mask.any(-1).any(-1)
+            inside = {k: torch.where(mask, v, 0.0).sum((-2, -1))[seen] / mask.sum((-2, -1))[seen] for k, v in maps.items()}
+            values = {"psnr": float((-10 * inside["mse"].log10()).mean()), "ssim": float(inside["ssim"].mean())}
+            out += [{**common, "table": "fusion-label", "method": method, "note": note, "region": name, "metric": k, "value": v} for k, v in values.items() if np.isfinite(v)]
     return out
 
-# %% ../../nbs/60_fusion/66_train.ipynb #3dfbc5b1
+# %% ../../nbs/60_fusion/66_train.ipynb #6beec91f
+def error_maps(
+    rows,    # {row: (frames, note)}
+    target,  # (frame, y, x)
+):           # {row: (y, x)} mean squared error of each pixel
+    "Where in the picture each row is wrong."
+    return {name: (x - target).square().mean(0) for name, (x, _) in rows.items()}
+
+
+def add_maps(maps, A, models, rows, p, i, which):
+    "Pictures for the study of where sound helps, as ARMS/ROW: the rows' error maps; target (mean picture), articulators (how often), map, map-lsq, map-lsq-constant."
+    found = {**error_maps(rows, p.target(i)), "target": p.target(i).mean(0), "map": models["model"].map}
+    if labelled([p]): found["articulators"] = p.masks(i, which).mean(0)
+    if models["lsq"]: found |= {"map-lsq": models["lsq"][0].map, "map-lsq-constant": models["lsq"][1].map}
+    for k, v in found.items(): maps.setdefault(f"{A}/{k}", []).append(v.cpu().numpy().astype(np.float32))
+
+# %% ../../nbs/60_fusion/66_train.ipynb #5f36a3e2
 def mean_records(
     records,  # flat records of score_rows
 ):            # list of flat records with subject "all": mean and deviation over recordings
     "The mean of each row over the recordings."
-    keys, groups = ("method", "arms_per_frame", "region", "metric", "target"), {}
+    keys, groups = ("table", "method", "arms_per_frame", "region", "metric", "target"), {}
     for r in records: groups.setdefault(tuple(r[k] for k in keys), []).append(r["value"])
     mean = lambda v: {"value": float(np.mean(v)), "std": float(np.std(v)), "n": len(v)}
-    return [{"table": "fusion-mean", **dict(zip(keys, k)), "subject": "all", **mean(v)} for k, v in groups.items()]
+    return [{**dict(zip(keys, k)), "table": f"{k[0]}-mean", "subject": "all", **mean(v)} for k, v in groups.items()]
 
-# %% ../../nbs/60_fusion/66_train.ipynb #62e4f880
+
 def find_runs(
     run,  # a run of train_fusion, or a folder that holds several
 ):        # list of Path
@@ -500,28 +625,41 @@ def find_runs(
     if not runs: raise FileNotFoundError(f"{run}: no trained fusion model in it; a folder that train_fusion wrote was expected")
     return runs
 
-# %% ../../nbs/60_fusion/66_train.ipynb #796417ae
+# %% ../../nbs/60_fusion/66_train.ipynb #97c4cdb6
+def load_run(
+    folder,        # a run of train_fusion
+    device="cpu",
+):                 # RunSettings, and the models of a run as all_rows takes them: {"model", "deaf", "oracle", "lsq"}; None where the run has none
+    "Everything that a run trained."
+    folder = Path(folder)
+    about = json.loads((folder / "settings.json").read_text())
+    s = make_settings(**{k: v for k, v in about.items() if k in {f.name for f in fields(RunSettings)}})
+    get = lambda k, name: load_sirem(folder / k, device) if about.get(name) and (folder / k / "best").exists() else None
+    models = {"model": load_sirem(folder, device), "deaf": get("constant", "constant"), "oracle": get("oracle", "oracle"), "lsq": (get("lsq", "lsq"), get("lsq/constant", "lsq"))}
+    return s, {**models, "lsq": None if None in models["lsq"] else models["lsq"]}
+
+# %% ../../nbs/60_fusion/66_train.ipynb #2fbb5931
 def evaluate_fusion(
     data,             # data set folder, or a list of Recording
     run,              # a run of train_fusion, or a folder that holds several (13 arms, 2 arms, ...)
-    out=None,         # folder for fusion.json; None: write nothing
+    out=None,         # folder for fusion.json and fusion_maps.npz; None: write nothing
     part="test",      # which part of the run's split
     cache=None,       # see cache_folder
     max_frames=None,  # at most so many frames of each recording, evenly spaced
 ):                    # list of flat records
-    "The table of every run: all rows, whole frame and inside the articulators; one record a recording and one for the mean."
-    recordings, records = data if isinstance(data, list) else find_recordings(data), []
+    "The table of every run: all rows, whole frame, inside the articulators, inside each label; one record a recording and one for the mean. Error maps beside it."
+    recordings, records, maps = data if isinstance(data, list) else find_recordings(data), [], {}
     for folder in find_runs(run):
-        s = make_settings(**{k: v for k, v in json.loads((folder / "settings.json").read_text()).items() if k in {f.name for f in fields(RunSettings)}})
-        model = load_sirem(folder)
-        deaf, oracle = (load_sirem(folder / k) if getattr(s, k) and (folder / k / "best").exists() else None for k in ("constant", "oracle"))
-        A, chosen = model.config.arms_per_frame, part_of(recordings, read_split(folder / "split.json"), part)
+        s, models = load_run(folder)
+        A, chosen = models["model"].config.arms_per_frame, part_of(recordings, read_split(folder / "split.json"), part)
         if not chosen: raise ValueError(f"no recording of the {part} subjects of {folder / 'split.json'} in the data: evaluate on the run's own data")
         prepared = prepare(chosen, A, s.encoder, s.delta_s, s.mode, cache, s.target, s.encoder_path)
         for p in prepared:
-            i = p.use.nonzero()[:, 0]
-            if max_frames and len(i) > max_frames: i = i[torch.linspace(0, len(i) - 1, max_frames).round().long()]
-            if len(i): records += score_rows(all_rows(p, i, model, deaf, prepared, s.which, s.blur, oracle), p, i, A, s.which)
+            if not len(i := evenly(p, max_frames)): continue
+            records += score_rows(rows := all_rows(p, i, others=prepared, which=s.which, blur=s.blur, **models), p, i, A, s.which)
+            add_maps(maps, A, models, rows, p, i, s.which)
     records = mean_records(records) + records
-    if out is not None: write_json(Path(out) / "fusion.json", records)
+    if out is not None:
+        write_json(Path(out) / "fusion.json", records)
+        with replacing(Path(out) / "fusion_maps.npz") as tmp, open(tmp, "wb") as f: np.savez_compressed(f, **{k: np.mean(v, 0) for k, v in maps.items()})
     return records
