@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .image import check_pair, check_range
 
-# %% ../../nbs/40_evaluate/42_perceptual.ipynb #6a83f03b
+# %% ../../nbs/40_evaluate/42_perceptual.ipynb #7f4ef2e5
 def as_batch(
     x,  # (..., frame, y, x)
 ):      # (n, y, x) float32, and the leading shape
@@ -39,7 +39,7 @@ def vif(
     try: from torchmetrics.functional.image import visual_information_fidelity
     except ImportError: raise ModuleNotFoundError("VIF needs torchmetrics: pip install 'sirem-nb[evaluation]'") from None
     (a, shape), (b, _) = as_batch(x*(255/check_range(data_range))), as_batch(ref*(255/data_range))
-    return visual_information_fidelity(a[:, None].double(), b[:, None].double(), reduction="none").reshape(shape)
+    return visual_information_fidelity(a[:, None], b[:, None], reduction="none").double().reshape(shape)
 
 # %% ../../nbs/40_evaluate/42_perceptual.ipynb #9ffbe60c
 ALEX = ((64, 11, 4, 2, 0), (192, 5, 1, 2, 3), (384, 3, 1, 1, 3), (256, 3, 1, 1, 0), (256, 3, 1, 1, 0))   # channels, kernel, stride, padding, pooling before
