@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['TARGETS', 'SIREM_ROWS', 'COLUMNS', 'CONTROLS', 'Film', 'baseline_film', 'target_film', 'aligned', 'sirem_films',
            'time_sirem', 'film_scores', 'used_frames', 'true_masks', 'recording_films', 'same_picture',
-           'recording_records', 'paper_tables', 'write_frames', 'table_of', 'audio_effect']
+           'recording_records', 'load_models', 'paper_tables', 'write_frames', 'table_of', 'audio_effect']
 
-# %% ../../nbs/60_fusion/69_tables.ipynb #195d50c5
+# %% ../../nbs/60_fusion/69_tables.ipynb #d569e274
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,8 @@ from ..evaluate.perceptual import load_lpips, perceptual_missing, perceptual_sco
 from .arm_profile import normalise01
 from .baselines import run_baseline
 from .fusion_map import ARTICULATORS, mask_map
-from .sirem import MeasuredBranch
-from .train import all_rows, load_run, prepare, read_reference
+from .sirem import MeasuredBranch, load_sirem
+from .train import all_rows, load_run, make_settings, prepare, read_reference
 from ..kspace.temporal import METHODS
 from ..learning.speech_encoders import load_encoder, pooled_features
 
@@ -179,20 +179,29 @@ def recording_records(
         if film.seconds: out.append({"table": "paper-time", **common, "n": len(film.frames), "method": method, "metric": "ms_per_frame", "unit": "ms", "value": 1e3*film.seconds/len(film.frames)})
     return out
 
-# %% ../../nbs/60_fusion/69_tables.ipynb #44214361
+# %% ../../nbs/60_fusion/69_tables.ipynb #9af864e4
+def load_models(
+    run,  # a run of train_fusion, or the folder of one checkpoint
+):        # (RunSettings, models) as load_run gives them
+    "What a run trained; of a lone checkpoint only SIREM itself."
+    if (Path(run)/"settings.json").exists(): return load_run(run)
+    model = load_sirem(run); c = model.config
+    return make_settings(encoder=c.encoder, delta_s=c.delta_s, mode=c.mode), {"model": model, "deaf": None, "oracle": None, "lsq": None}
+
+# %% ../../nbs/60_fusion/69_tables.ipynb #1e9822b3
 def paper_tables(
     data,                 # data set folder, or a list of Recording
     run=None,             # a run of train_fusion with this number of arms per frame; None: no SIREM
     out=None,             # folder for paper_tables.json and paper_frames.npz; None: write nothing
     methods=(*METHODS, *SIREM_ROWS), targets=TARGETS,
-    arms_per_frame=13, part="test", max_frames=None, cache=None,   # part: of the run's split; without a run all recordings
+    arms_per_frame=13, part="test", max_frames=None, cache=None,   # part: of the run's split; None, or a run without split: all recordings
 ):                        # list of flat records: tables "paper" and "paper-time"
     "SIREM's table 1 and figure 3 on every recording; table 2 follows by `audio_effect`. Raises ValueError: unknown method, run of another kind."
     if unknown := [m for m in methods if m not in (*METHODS, *SIREM_ROWS)]: raise ValueError(f"method {unknown[0]!r}: expected some of {', '.join((*METHODS, *SIREM_ROWS))}")
     recordings = data if isinstance(data, list) else find_recordings(data)
-    loaded = load_run(run) if run is not None else None
+    loaded = None if run is None else load_models(run)
     if loaded and (A := loaded[1]["model"].config.arms_per_frame) != arms_per_frame: raise ValueError(f"{run} was trained with {A} arms per frame, {arms_per_frame} were asked for: choose the other run")
-    if run is not None and (split := Path(run)/"split.json").exists(): recordings = part_of(recordings, read_split(split), part)
+    if run is not None and part and (split := Path(run)/"split.json").exists(): recordings = part_of(recordings, read_split(split), part)
     if not recordings: raise ValueError(f"no recording of the {part} subjects of {run} in the data: use the run's own data")
     lpips, records = None if "lpips" in perceptual_missing() else load_lpips(), []
     for n, r in enumerate(recordings):
