@@ -95,14 +95,19 @@ def acquisition_pictures(
         into[int(n[0]):int(n[-1]) + 1] = acq_images(scan.kspace[n], scan.arm[n], scan.ktraj, dcf, smaps, scan.im_size, backend).numpy()
     return give
 
-# %% ../../nbs/60_fusion/65_sirem.ipynb #0b2c57b5
+# %% ../../nbs/60_fusion/65_sirem.ipynb #c595d999
 def group_arms(
     arm,             # (acq,) int: which arm each acquisition played
     tr_s,            # from one acquisition to the next, s
     arms_per_frame,  # arms that make a frame
+    arms=None,       # keep only these arms of each frame (notebook 67); None: all
 ):                   # acquisitions (frame, arm), arm_index (frame, arm), centre_s (frame,)
-    "Which acquisitions make each frame, which arms of the protocol they are, and the middle of the frame's time."
+    "Which acquisitions make each frame, which arms of the protocol they are, and the middle of their time."
     groups = frame_groups(len(arm), arm, arms_per_frame)
+    if arms is not None:
+        keep = torch.isin(arm[groups], torch.as_tensor(arms))
+        if not (keep.sum(1) == len(arms)).all(): raise ValueError(f"not every frame of {arms_per_frame} arms holds the arms {tuple(arms)}: keep arms of full rotations")
+        groups = groups[keep].view(len(groups), -1)
     return groups, arm[groups], (groups.double().mean(1) + 0.5) * tr_s
 
 # %% ../../nbs/60_fusion/65_sirem.ipynb #88b50241

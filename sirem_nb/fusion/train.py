@@ -6,12 +6,12 @@
 __all__ = ['VERSION', 'toy_corpus', 'cache_folder', 'fingerprint', 'stored', 'stored_pictures', 'read_reference', 'Prepared',
            'prepare_one', 'prepare', 'FrameLoader', 'FusionSettings', 'RunSettings', 'make_settings', 'labelled',
            'training_map', 'new_model', 'keep_memory', 'run_model', 'fit_sirem', 'choose_split', 'prepare_parts',
-           'subject_folds', 'evenly', 'branch_sums', 'best_constant', 'fit_lsq', 'save_lsq', 'train_fusion',
-           'other_sound', 'variants', 'all_rows', 'score_rows', 'label_rows', 'error_maps', 'add_maps', 'mean_records',
-           'find_runs', 'load_run', 'evaluate_fusion']
+           'subject_folds', 'evenly', 'train_listener', 'branch_sums', 'fit_lsq', 'train_fusion', 'other_sound',
+           'variants', 'all_rows', 'score_rows', 'label_rows', 'error_maps', 'add_maps', 'mean_records', 'find_runs',
+           'load_run', 'evaluate_fusion', 'score_checkpoints']
 
-# %% ../../nbs/60_fusion/66_train.ipynb #8c3762ba
-import copy, ctypes, hashlib, json, os, shutil
+# %% ../../nbs/60_fusion/66_train.ipynb #509ff6e4
+import ctypes, hashlib, json, os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from ..data.frames import Recording, check_split, find_recordings, n_transient, 
 from ..data.mrd import read_mrd, read_recon, replacing, write_json, write_mrd
 from ..data.sync import nearest_reference, read_audio
 from ..evaluate.image import psnr, scores, ssim_map
-from .arm_profile import measured_image, normalise01
+from .arm_profile import normalise01
 from .audio_branch import toy_movie
 from .fusion_map import ARTICULATORS, least_squares_map, map_sums, mask_map, mean_map, motion_map
 from .objective import arm_psfs, total
@@ -150,7 +150,7 @@ class Prepared:
     def masks(self, i, which, blur=0.): return mask_map(self.labels(i), self.reference["names"], which, blur)   # (batch, y, x)
     def batch(self, i): return {"arms": self.arms(i), "arm_index": self.arm_index[i], "features": self.features[i], "target": self.target(i)}
 
-# %% ../../nbs/60_fusion/66_train.ipynb #00575732
+# %% ../../nbs/60_fusion/66_train.ipynb #f0a75f7c
 def prepare_one(
     recording,            # a Recording
     arms_per_frame=None,  # None: a full rotation
@@ -159,15 +159,15 @@ def prepare_one(
     mode="window",        # or "utterance"
     target="auto",        # see read_reference
     cache=None,           # see cache_folder
+    arms=None,            # only these arms of each frame; None: all
 ):                        # Prepared
     "Pictures, features and references of one recording, from the cache where they are there."
     r, folder = recording, cache_folder(cache)
     if r.audio is None: raise ValueError(f"{r.name}: no audio file beside {r.raw}; SIREM needs the sound")
-    load = lambda: read_mrd(r.raw, on_disk=True)
-    pictures, facts = stored_pictures(load, folder / f"{r.name}-pictures-{fingerprint(r.raw)}.npy")
+    pictures, facts = stored_pictures(lambda: read_mrd(r.raw, on_disk=True), folder / f"{r.name}-pictures-{fingerprint(r.raw)}.npy")
     A = arms_per_frame or facts["n_arms"]
-    groups, arm_index, centre_s = group_arms(torch.tensor(facts["arm"]), facts["tr_s"], A)
-    key = fingerprint(r.audio, encoder.name, encoder.dim, delta_s, mode, A, facts["tr_s"], len(pictures))
+    groups, arm_index, centre_s = group_arms(torch.tensor(facts["arm"]), facts["tr_s"], A, arms)
+    key = fingerprint(r.audio, encoder.name, encoder.dim, delta_s, mode, A, facts["tr_s"], len(pictures), *(arms or ()))
     hear = lambda: pooled_features(*read_audio(r.audio), centre_s, encoder, delta_s, mode).numpy()
     features = torch.from_numpy(np.array(stored(folder / f"{r.name}-features-{key}.npy", hear)))
     reference = read_reference(r, target, pictures, facts)
@@ -176,7 +176,7 @@ def prepare_one(
     transient = groups.min(1).values < facts["n_transient"]
     return Prepared(r, pictures, groups, arm_index, centre_s, transient, features, reference, nearest, ~transient & ~far, facts)
 
-# %% ../../nbs/60_fusion/66_train.ipynb #f0fd7c03
+# %% ../../nbs/60_fusion/66_train.ipynb #f134d8e2
 def prepare(
     root,                 # data set folder, or a list of Recording
     arms_per_frame=None,  # None: a full rotation
@@ -186,11 +186,12 @@ def prepare(
     cache=None,           # see cache_folder
     target="auto",        # see read_reference
     encoder_path=None,    # where the encoder's weights lie
+    arms=None,            # only these arms of each frame (notebook 67); None: all
 ):                        # list of Prepared
     "All recordings of a data set, ready for training."
     encoder = load_encoder(encoder, encoder_path) if isinstance(encoder, str) else encoder
     recordings = root if isinstance(root, list) else find_recordings(root)
-    return [prepare_one(r, arms_per_frame, encoder, delta_s, mode, target, cache) for r in recordings]
+    return [prepare_one(r, arms_per_frame, encoder, delta_s, mode, target, cache, arms) for r in recordings]
 
 # %% ../../nbs/60_fusion/66_train.ipynb #2d0d0f95
 class FrameLoader:
@@ -243,7 +244,7 @@ class FusionSettings:
     k: int | None = None             # hard top-K arms; None: soft weights
     fusion_map: str = "fixed"        # "fixed" or "predicted"
 
-# %% ../../nbs/60_fusion/66_train.ipynb #72771374
+# %% ../../nbs/60_fusion/66_train.ipynb #92d2a59e
 @dataclass(frozen=True)
 class RunSettings(FusionSettings):
     "The rest: what the paper leaves open, and how large a run is."
@@ -258,7 +259,8 @@ class RunSettings(FusionSettings):
     oracle: bool = True              # also train the oracle with each frame's own masks, where there are masks
     lsq: bool = True                 # also fit the least-squares map, where there are two training speakers or more
     lsq_folds: int = 3               # decoders trained for it, each without some of the training speakers
-    lsq_hidden: tuple = (512, 512)   # widths of those decoders: narrower, since there are several
+    lsq_hidden: tuple = (256, 256)   # widths of these decoders: narrower, since there are several
+    lsq_steps: int = 150             # training steps of each, of 32 frames
     encoder_path: str | None = None  # where the encoder's weights lie
     seed: int = 0
 
@@ -397,73 +399,71 @@ def evenly(
     i = p.use.nonzero()[:, 0]
     return i if not n or len(i) <= n else i[torch.linspace(0, len(i) - 1, n).round().long()]
 
-# %% ../../nbs/60_fusion/66_train.ipynb #e6a25928
+# %% ../../nbs/60_fusion/66_train.ipynb #c1ba6f84
+def train_listener(
+    model,           # a fresh Sirem: its map says where to learn
+    train,           # list of Prepared
+    steps=150, batch=32, lr=5e-4,
+    n=200,           # frames of each recording at most: neighbours are nearly alike
+    seed=0,
+):                   # the model
+    "Train the audio branch alone, on E[(w (x_a - x))^2]; outside of the map it stays as it was."
+    i, dev = [evenly(p, n) for p in train], model.map.device
+    h = model.norm(torch.cat([p.features[j] for p, j in zip(train, i)]).to(dev))
+    x = torch.cat([p.target(j) for p, j in zip(train, i)])
+    opt, g = torch.optim.AdamW(model.audio.parameters(), lr=lr, weight_decay=1e-5, fused=True), torch.Generator().manual_seed(seed)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
+    with torch.random.fork_rng([dev] if dev.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for _ in range(steps):
+            j = torch.randint(len(x), (batch,), generator=g)
+            loss = (model.map * (model.train().audio(h[j.to(dev)]) - x[j].to(dev))).square().mean()
+            opt.zero_grad(); loss.backward(); opt.step(); rate.step()
+    return model.eval()
+
+# %% ../../nbs/60_fusion/66_train.ipynb #89807354
 @torch.no_grad()
 def branch_sums(
     model,     # a Sirem, and what gives xm: its arm weights
     prepared,  # list of Prepared
-    n=200,     # frames of each recording: neighbours are nearly alike
-    xa=None,   # (y, x) picture in place of the audio branch's
-):             # (2, y, x) float64, see map_sums
-    "The sums of the least-squares map for a model's two branches."
-    model, total_sums = model.eval(), 0
+    n=200,     # frames of each recording
+):             # (2, 2, y, x) float64, see map_sums: for the model, and for its mean picture in place of the audio branch
+    "The sums of the least-squares maps of a model and of its counterpart without sound."
+    out = 0
     for p in prepared:
         for j in evenly(p, n).split(64):
-            out = run_model(model, {k: v.to(model.map.device) for k, v in p.batch(j).items()}, xa=xa)
-            total_sums = total_sums + map_sums(p.target(j).to(out["xm"].device), out["xm"], out["xa"])
-    return total_sums
+            b = {k: v.to(model.map.device) for k, v in p.batch(j).items()}
+            r = run_model(model.eval(), b)
+            out = out + torch.stack([map_sums(b["target"], r["xm"], xa).cpu() for xa in (r["xa"], model.mean_image)])
+    return out
 
-# %% ../../nbs/60_fusion/66_train.ipynb #cd6ed630
-@torch.no_grad()
-def best_constant(
-    model,     # a Sirem: its map and arm weights
-    prepared,  # list of Prepared
-    n=200,     # frames of each recording
-):             # (y, x)
-    "The constant picture that goes best with the model's map and measurements."
-    x, xm, w = 0, 0, model.map.clamp_min(0.05)
-    for p in prepared:
-        parts = [(p.target(j), measured_image(p.arms(j), model.profile(p.arm_index[j].to(w.device)).cpu())) for j in evenly(p, n).split(64)]
-        x, xm = x + sum(a.sum(0) for a, _ in parts), xm + sum(b.sum(0) for _, b in parts)
-    count = sum(len(evenly(p, n)) for p in prepared)
-    x, xm = (x / count).to(w), (xm / count).to(w)
-    return torch.where(model.map > 0.05, (x - (1 - w) * xm) / w, x)
-
-# %% ../../nbs/60_fusion/66_train.ipynb #37d42f02
+# %% ../../nbs/60_fusion/66_train.ipynb #2a99d436
 def fit_lsq(
-    model,       # the trained Sirem
-    train, val,  # lists of Prepared
-    out,         # folder
-    s,           # RunSettings
-    device="cpu", psfs=None, resume=False,
+    model,   # the trained Sirem: its arm weights are kept
+    train,   # list of Prepared
+    out,     # folder
+    s,       # RunSettings
+    resume=False,
 ):
-    "The least-squares map on out-of-fold predictions: out/best is the model with it, out/constant/best the control without sound, out/maps.npz all maps."
-    small, sums = replace(s, hidden=s.lsq_hidden, batch_size=4 * s.batch_size, lr=3 * s.lr, val_every=s.epochs), {"w": 0, "constant": 0}
+    "The least-squares map from out-of-fold predictions: out/best has it, out/constant/best is the control without sound, out/maps.npz holds all maps."
+    def listener(recordings):
+        heard = new_model(recordings, model.config.arms_per_frame, replace(s, hidden=s.lsq_hidden, fusion_map="fixed"))[0].to(model.map.device)
+        heard.profile.load_state_dict(model.profile.state_dict())
+        return train_listener(heard, recordings, s.lsq_steps, seed=s.seed)
+    sums = []
     for j, (others, fold) in enumerate(subject_folds(train, s.lsq_folds)):
-        home = out / f"fold{j}"
-        def held_out():
-            heard = new_model(others, model.config.arms_per_frame, small)[0].to(device)
-            fit_sirem(heard, others, val, home, small, small.lr, psfs, resume)
-            heard.profile.load_state_dict(model.profile.state_dict())
-            return torch.stack([branch_sums(heard, fold), branch_sums(model, fold, xa=best_constant(model, others))]).cpu().numpy()
-        if not resume: (out / f"fold{j}.npy").unlink(missing_ok=True)
-        found = stored(out / f"fold{j}.npy", held_out)
-        shutil.rmtree(home, ignore_errors=True)
-        for k, v in zip(sums, found): sums[k] = sums[k] + torch.from_numpy(np.array(v))
-    maps = {k: least_squares_map(v) for k, v in sums.items()}
-    return save_lsq(model, maps, best_constant(model, train), {**maps, "in_sample": least_squares_map(branch_sums(model, train)), "start": model.map}, out)
+        file = out / f"fold{j}.npy"
+        if not resume: file.unlink(missing_ok=True)
+        sums.append(torch.from_numpy(np.array(stored(file, lambda: branch_sums(listener(others), fold).numpy()))))
+    heard = listener(train)
+    (w, constant), in_sample = (least_squares_map(v) for v in sum(sums)), least_squares_map(branch_sums(heard, train)[0])
+    with replacing(out / "maps.npz") as tmp, open(tmp, "wb") as f: np.savez(f, start=heard.map.cpu(), w=w, constant=constant, in_sample=in_sample)
+    heard.map.copy_(w); heard.save_pretrained(out / "best")
+    deaf = Sirem(replace(heard.config, audio="constant"))
+    deaf.load_state_dict({k: v for k, v in heard.state_dict().items() if not k.startswith("audio.")}, strict=False)
+    deaf.audio.image.data.copy_(heard.mean_image); deaf.map.copy_(constant); deaf.save_pretrained(out / "constant" / "best")
 
-# %% ../../nbs/60_fusion/66_train.ipynb #e1f7d717
-def save_lsq(model, maps, constant, all_maps, out):
-    "The model with its new map, the control, and the maps as pictures."
-    heard, deaf = copy.deepcopy(model), Sirem(replace(model.config, audio="constant"))
-    heard.map.copy_(maps["w"])
-    deaf.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("audio.")}, strict=False)
-    deaf.audio.image.data.copy_(constant); deaf.map.copy_(maps["constant"])
-    heard.save_pretrained(out / "best"); deaf.save_pretrained(out / "constant" / "best")
-    with replacing(out / "maps.npz") as tmp, open(tmp, "wb") as f: np.savez(f, **{k: v.cpu().numpy() for k, v in all_maps.items()})
-
-# %% ../../nbs/60_fusion/66_train.ipynb #73f0cdd4
+# %% ../../nbs/60_fusion/66_train.ipynb #391ad25e
 def train_fusion(
     data, out,            # data set folder, or a list of Recording; folder of the run
     arms_per_frame=None,  # None: a full rotation
@@ -486,7 +486,7 @@ def train_fusion(
     again = lambda s, audio="decoder": new_model(train, model.config.arms_per_frame, s, audio)[0].to(device)
     if s.constant: fit_sirem(again(s, "constant"), train, val, out / "constant", s, s.constant_lr, psfs, resume)
     if about["oracle"]: fit_sirem(again(replace(s, fusion_map="fixed")), *with_masks, out / "oracle", s, s.lr, psfs, resume, (s.which, s.blur))
-    if about["lsq"]: fit_lsq(model, train, val, out / "lsq", s, device, psfs, resume)
+    if about["lsq"]: fit_lsq(model, train, out / "lsq", s, resume)
     return model
 
 # %% ../../nbs/60_fusion/66_train.ipynb #1a0bb494
@@ -508,7 +508,7 @@ def other_sound(
     f = pool[0].features[pool[0].use]
     return f[torch.arange(n) % len(f)], pool[0].recording.name
 
-# %% ../../nbs/60_fusion/66_train.ipynb #9a326c2e
+# %% ../../nbs/60_fusion/66_train.ipynb #c13ec9e5
 def variants(
     p,           # Prepared: a test recording
     model, deaf, # Sirem and its constant-picture ablation (or None)
@@ -529,7 +529,7 @@ def variants(
     if oracle is not None and labelled([p]):
         rows["sirem-oracle"] = (oracle, f, lambda i: {"w": p.masks(i, which, blur)}, "trained and tested with each frame's own masks, as the paper does")
     if lsq is not None:
-        rows |= {"sirem-lsq": (lsq[0], f, plain, "least-squares map, fitted out of fold"), "sirem-lsq-constant": (lsq[1], f, plain, "one picture for all sounds, with a map fitted to it"),
+        rows |= {"sirem-lsq": (lsq[0], f, plain, "least-squares map, fitted out of fold"), "sirem-lsq-constant": (lsq[1], f, plain, "the mean picture for all sounds, with a map fitted to it"),
                  "sirem-lsq-other-audio": (lsq[0], *rows["sirem-other-audio"][1:])}
     return rows
 
@@ -662,4 +662,26 @@ def evaluate_fusion(
     if out is not None:
         write_json(Path(out) / "fusion.json", records)
         with replacing(Path(out) / "fusion_maps.npz") as tmp, open(tmp, "wb") as f: np.savez_compressed(f, **{k: np.mean(v, 0) for k, v in maps.items()})
+    return records
+
+# %% ../../nbs/60_fusion/66_train.ipynb #3374b901
+def score_checkpoints(
+    data,             # data set folder, or a list of Recording
+    folders,          # models' folders, such as checkpoints/sirem-13; a control without sound may lie in constant/ inside
+    out=None,         # .json for the records; None: write nothing
+    cache=None,       # see cache_folder
+    max_frames=None,  # of each recording, evenly spaced
+    **about,          # what else each record should say
+):                    # list of flat records of the table "checkpoint"
+    "Models on recordings that they have nothing to do with, beside gridding, the mean picture and the wrong sound."
+    recordings, records = data if isinstance(data, list) else find_recordings(data), []
+    for folder in map(Path, folders):
+        model, deaf = load_sirem(folder), load_sirem(folder / "constant") if (folder / "constant").exists() else None
+        c = model.config
+        prepared = prepare(recordings, c.arms_per_frame, c.encoder, c.delta_s, c.mode, cache)
+        for p in prepared:
+            i = evenly(p, max_frames)
+            rows = score_rows(all_rows(p, i, model, deaf, prepared, ARTICULATORS, 0.), p, i, c.arms_per_frame, ARTICULATORS)
+            records += [{**r, "table": "checkpoint", "checkpoint": folder.name, **about} for r in rows if r["table"] == "fusion"]
+    if out: write_json(out, records)
     return records
