@@ -127,12 +127,13 @@ def _dicom_sets(path):
     if len(series) != 1: raise ValueError(f"{path}: {len(series)} DICOM series with pictures; the frames of one were expected")
     return sorted(sets, key=lambda d: [float(d.get(k) or 0) for k in ("TriggerTime", "TemporalPositionIdentifier", "InstanceNumber")])
 
-# %% ../../nbs/20_data/26_movies.ipynb #42a27051
+# %% ../../nbs/20_data/26_movies.ipynb #def592b7
 def read_dicom(
     path,  # a multi-frame file, or a folder with one file a frame
 ):         # frames (frame, y, x) float32, fps or None, pixel_mm or None
-    "A DICOM movie; ValueError for several series, different sizes, or what cannot be decoded."
+    "A DICOM movie; ValueError for several series, colour, different sizes, or what cannot be decoded."
     sets = _dicom_sets(Path(path))
+    if any(int(d.get("SamplesPerPixel") or 1) != 1 for d in sets): raise ValueError(f"{path}: colour pictures; grey ones were expected")
     try: x = [np.float32(d.pixel_array) * float(d.get("RescaleSlope") or 1) + float(d.get("RescaleIntercept") or 0) for d in sets]
     except Exception as e: raise ValueError(f"{path}: the pictures cannot be decoded ({str(e).splitlines()[0][:80]})") from e
     if len({a.shape for a in x}) > 1: raise ValueError(f"{path}: frames of different sizes {sorted({a.shape for a in x})}; one size was expected")
@@ -170,7 +171,7 @@ def check_frames(
     if float(x.max() - x.min()) < 1e-12: raise ValueError(f"every pixel of every frame is {float(x.max()):.3g}: nothing to see")
     return x
 
-# %% ../../nbs/20_data/26_movies.ipynb #c6078cd1
+# %% ../../nbs/20_data/26_movies.ipynb #0f1a086c
 def frame_shares(
     n_old, fps,      # frames there are, and how many a second
     a, b,            # (n,) s: the intervals of the new frames
@@ -184,7 +185,7 @@ def frame_shares(
     at = np.clip((a + b) / 2 * fps - .5, 0, n_old - 1)
     return np.clip(1 - np.abs(at[:, None] - np.arange(n_old)), 0, None)
 
-
+# %% ../../nbs/20_data/26_movies.ipynb #aa5e18dd
 def retime(
     frames,      # (frame, y, x)
     fps,         # frames a second, as they are
