@@ -140,7 +140,7 @@ def dicom(path, frame, **tags):
     d.Rows, d.Columns = frame.shape[-2:]
     d.SamplesPerPixel, d.PhotometricInterpretation, d.BitsAllocated, d.BitsStored, d.HighBit, d.PixelRepresentation = 1, "MONOCHROME2", 16, 12, 11, 0
     if frame.ndim == 3: d.NumberOfFrames = len(frame)
-    for k, v in dict(SeriesInstanceUID="1.2.3", PixelSpacing=[2.5, 2.5], **tags).items(): setattr(d, k, v)
+    for k, v in (dict(SeriesInstanceUID="1.2.3", PixelSpacing=[2.5, 2.5]) | tags).items(): setattr(d, k, v)
     d.PixelData = frame.tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
     d.save_as(path, enforce_file_format=True)
@@ -155,6 +155,10 @@ def test_dicom_series_and_multi_frame_file(tmp_path):
     (a, fps_a, mm_a), (b, fps_b, mm_b), (c, fps_c, _) = (read_frames(p.movie) for p in find_pairs(tmp_path))
     assert np.array_equal(a.numpy(), x) and np.array_equal(b.numpy(), 2 * x + 1) and np.array_equal(c.numpy(), x)
     assert (fps_a, fps_b, fps_c) == (pytest.approx(26, rel=1e-3), pytest.approx(26, rel=1e-4), 26) and mm_a == mm_b == 2.5
+    inner, outer = pytest.importorskip("pydicom").Dataset(), pytest.importorskip("pydicom").Dataset()
+    inner.PixelSpacing, outer.PixelMeasuresSequence = [1.5, 1.5], [inner]
+    dicom(tmp_path / "enhanced.dcm", x, PixelSpacing=None, SharedFunctionalGroupsSequence=[outer])
+    assert read_frames(tmp_path / "enhanced.dcm")[1:] == (None, 1.5)                # says no rate; the pixel size stands one level down
     dicom(tmp_path / "ann_asouk/IM099.dcm", x[0], SeriesInstanceUID="1.2.4")
     with pytest.raises(ValueError, match="2 DICOM series"): read_frames(tmp_path / "ann_asouk")
     (tmp_path / "bad.dcm").write_bytes(b"not dicom at all" * 20)
@@ -193,8 +197,8 @@ def test_real_movies_with_sound(real_data):
 
 # ------------------------------------------------------------------------------------------------ virtual speakers
 def test_words_fit_into_a_beat():
-    for seed in range(6):
-        for word in ("asouk", "ageese", "raindrops", *OPEN_WORDS[seed::9]):
+    for seed in range(4):
+        for word in ("asouk", "ageese", "raindrops", *OPEN_WORDS[seed::12]):
             u, n = metronome(word, virtual_speaker(seed), seed)
             assert SAMPLES[0] <= n <= SAMPLES[1] and .08 <= u.phones[0][1] + 1e-9 and u.phones[-1][2] <= .94 + 1e-6 and abs(u.duration_s - n / 22050) < .006
     with pytest.raises(ValueError, match="shorter word"): hurry("the north wind and the sun were disputing", 1.)
