@@ -105,6 +105,8 @@ def test_audio_effect_has_the_right_sign_and_counts():
 def test_files_and_their_drawings(corpus, records):
     out = corpus/"out"
     assert json.loads((out/"paper_tables.json").read_text()) == json.loads(json.dumps(records))
+    meta = json.loads((out/"paper_tables.meta.json").read_text())
+    assert meta["recordings"] == 2 and meta["subjects"] == ["sub003"] and meta["threads"] >= 1 and "fid" in meta["left_out"] and set(meta["settings"]) == {"gridding", "wavelet"}
     shown = np.load(out/"paper_frames.npz")
     assert shown["target/truth"].shape == (5, 48, 48) and shown["target/truth"].dtype == np.uint8 and len(shown["times_s"]) == 5
     assert {k.split("/")[1] for k in shown if k.startswith("method/")} == set(FEW)

@@ -3,9 +3,13 @@
 # %% auto #0
 __all__ = ['TARGETS', 'SIREM_ROWS', 'COLUMNS', 'CONTROLS', 'Film', 'baseline_film', 'target_film', 'aligned', 'sirem_films',
            'time_sirem', 'film_scores', 'used_frames', 'true_masks', 'recording_films', 'same_picture',
-           'recording_records', 'load_models', 'paper_tables', 'write_frames', 'table_of', 'audio_effect']
+           'recording_records', 'write_frames', 'circumstances', 'load_models', 'paper_tables', 'table_of',
+           'audio_effect']
 
-# %% ../../nbs/60_fusion/69_tables.ipynb #d569e274
+# %% ../../nbs/60_fusion/69_tables.ipynb #bf8980e7
+import datetime
+import os
+import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +27,7 @@ from .baselines import run_baseline
 from .fusion_map import ARTICULATORS, mask_map
 from .sirem import MeasuredBranch, load_sirem
 from .train import all_rows, load_run, make_settings, prepare, read_reference
-from ..kspace.temporal import METHODS
+from ..kspace.temporal import METHODS, tuned
 from ..learning.speech_encoders import load_encoder, pooled_features
 
 # %% ../../nbs/60_fusion/69_tables.ipynb #84b7b406
@@ -179,6 +183,24 @@ def recording_records(
         if film.seconds: out.append({"table": "paper-time", **common, "n": len(film.frames), "method": method, "metric": "ms_per_frame", "unit": "ms", "value": 1e3*film.seconds/len(film.frames)})
     return out
 
+# %% ../../nbs/60_fusion/69_tables.ipynb #b602df11
+def write_frames(path, films, targets, used, n=5):
+    "Five frames of every film and target, evenly spaced, as 8-bit pictures; keys method/NAME, target/NAME, times_s."
+    i = used[torch.linspace(0, len(used) - 1, n + 2).round().long()[1:-1]]
+    eight = lambda x: (x[i].clamp(0, 1)*255).round().to(torch.uint8).numpy()
+    shown = {f"method/{k}": eight(normalise01(f.frames.float()) if k in METHODS else f.frames) for k, (f, _) in films.items()}
+    with replacing(path) as tmp, open(tmp, "wb") as f:
+        np.savez_compressed(f, times_s=next(iter(films.values()))[0].centre_s[i].numpy(), **shown, **{f"target/{k}": eight(v) for k, v in targets.items()})
+
+# %% ../../nbs/60_fusion/69_tables.ipynb #26e4494d
+def circumstances(records, methods, arms_per_frame, part, max_frames, loaded):
+    "What the numbers depend on besides the data: settings, versions, machine, and which columns are missing."
+    s = loaded and loaded[0]
+    return {"date": datetime.date.today().isoformat(), "device": "cpu", "threads": torch.get_num_threads(), "cores": os.cpu_count(), "python": platform.python_version(),
+            "torch": torch.__version__, "arms_per_frame": arms_per_frame, "part": part, "max_frames": max_frames, "subjects": sorted({r["subject"] for r in records}),
+            "recordings": len({r["recording"] for r in records}), "seed": s and s.seed, "encoder": s and f"{s.encoder}, {s.mode}",
+            "settings": {m: tuned(m, arms_per_frame) for m in methods if m in METHODS}, "left_out": perceptual_missing()}
+
 # %% ../../nbs/60_fusion/69_tables.ipynb #9af864e4
 def load_models(
     run,  # a run of train_fusion, or the folder of one checkpoint
@@ -188,11 +210,11 @@ def load_models(
     model = load_sirem(run); c = model.config
     return make_settings(encoder=c.encoder, delta_s=c.delta_s, mode=c.mode), {"model": model, "deaf": None, "oracle": None, "lsq": None}
 
-# %% ../../nbs/60_fusion/69_tables.ipynb #1e9822b3
+# %% ../../nbs/60_fusion/69_tables.ipynb #ccd38291
 def paper_tables(
     data,                 # data set folder, or a list of Recording
     run=None,             # a run of train_fusion with this number of arms per frame; None: no SIREM
-    out=None,             # folder for paper_tables.json and paper_frames.npz; None: write nothing
+    out=None,             # folder for paper_tables.json, its .meta.json and paper_frames.npz; None: write nothing
     methods=(*METHODS, *SIREM_ROWS), targets=TARGETS,
     arms_per_frame=13, part="test", max_frames=None, cache=None,   # part: of the run's split; None, or a run without split: all recordings
 ):                        # list of flat records: tables "paper" and "paper-time"
@@ -208,17 +230,10 @@ def paper_tables(
         films, found, scan, used = recording_films(r, methods, targets, arms_per_frame, loaded, [q for q in recordings if q.audio], max_frames, cache)
         records += recording_records(r, films, found, scan, used, arms_per_frame, lpips)
         if out is not None and n == 0: write_frames(Path(out)/"paper_frames.npz", films, found, used)
-    if out is not None: write_json(Path(out)/"paper_tables.json", records)
+    if out is None: return records
+    write_json(Path(out)/"paper_tables.json", records)
+    write_json(Path(out)/"paper_tables.meta.json", circumstances(records, methods, arms_per_frame, part, max_frames, loaded))
     return records
-
-# %% ../../nbs/60_fusion/69_tables.ipynb #b602df11
-def write_frames(path, films, targets, used, n=5):
-    "Five frames of every film and target, evenly spaced, as 8-bit pictures; keys method/NAME, target/NAME, times_s."
-    i = used[torch.linspace(0, len(used) - 1, n + 2).round().long()[1:-1]]
-    eight = lambda x: (x[i].clamp(0, 1)*255).round().to(torch.uint8).numpy()
-    shown = {f"method/{k}": eight(normalise01(f.frames.float()) if k in METHODS else f.frames) for k, (f, _) in films.items()}
-    with replacing(path) as tmp, open(tmp, "wb") as f:
-        np.savez_compressed(f, times_s=next(iter(films.values()))[0].centre_s[i].numpy(), **shown, **{f"target/{k}": eight(v) for k, v in targets.items()})
 
 # %% ../../nbs/60_fusion/69_tables.ipynb #f089c8e3
 def table_of(
