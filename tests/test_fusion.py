@@ -10,9 +10,10 @@ import torch
 
 from sirem_nb.data.mrd import Scan, read_mrd, write_mrd, write_recon
 from sirem_nb.data.sync import read_audio
+from sirem_nb.fusion import sirem as S
 from sirem_nb.fusion import train as T
 from sirem_nb.fusion.arm_profile import ArmProfile, measured_image, normalise01, weighted_sum
-from sirem_nb.fusion.fusion_map import mask_map
+from sirem_nb.fusion.fusion_map import least_squares_map, map_sums, mask_map
 from sirem_nb.fusion.objective import mask_loss, psf_loss, total
 from sirem_nb.fusion.sirem import Sirem, SiremConfig, acquisition_pictures, load_sirem, reconstruct
 from sirem_nb.kspace.density import density
@@ -305,7 +306,7 @@ def test_reconstruct_needs_no_truth_and_agrees_with_the_evaluation(runs, tmp_pat
     film, centre_s = reconstruct(read_mrd(r.raw), *read_audio(r.audio), model)
     p = T.prepare([r], 2, delta_s=0.1, cache=runs.parent / "cache")[0]
     rows = T.all_rows(p, torch.arange(len(p)), model, None, [p], ("tongue",), 0.0)
-    assert torch.allclose(film, rows["sirem"][0], atol=1e-5) and torch.equal(centre_s, p.centre_s)
+    assert torch.allclose(film, rows["sirem"][0], atol=1e-3) and torch.equal(centre_s, p.centre_s)   # one adjoint of all arms, or one of each: both have the NUFFT's error
 
 
 @pytest.mark.parametrize("arms,matrix,message", ((7, 32, "the scan has 5 arms, the checkpoint was trained with 7"), (5, 40, "the scan's matrix is")))
@@ -337,3 +338,113 @@ def test_gridding_as_target_is_said_and_gives_no_infinite_score(corpus, tmp_path
     psnr = lambda m: [r["value"] for r in records if r["method"] == m and r["metric"] == "psnr"]
     assert all(v > 80 for v in psnr("gridding")) and psnr("sirem") and max(psnr("sirem")) < 60
     assert {r["n"] for r in records if r["table"] == "fusion"} == {4}
+
+
+@pytest.fixture(scope="module")
+def lsq_run(tmp_path_factory):
+    "Three training speakers, so that folds can be made, one that validates, one held out."
+    root = tmp_path_factory.mktemp("lsq")
+    T.toy_corpus(root / "data", n_subjects=5, n_words=1, n_frames=16)
+    split = {"train": ["sub001", "sub002", "sub003"], "val": ["sub004"], "test": ["sub005"]}
+    small = {**SMALL, "epochs": 1, "oracle": False, "constant": False, "lsq_folds": 2, "lsq_steps": 6, "lsq_hidden": (16, 16)}
+    return root, lambda out, n=5, **kw: T.train_fusion(root / "data", root / out, n, split, cache=root / "cache", **{**small, **kw})
+
+
+def test_least_squares_map_is_the_best_map_there_is():
+    g = torch.Generator().manual_seed(0)
+    x, xm, xa = torch.rand(30, 4, 5, generator=g), torch.rand(30, 4, 5, generator=g), torch.rand(30, 4, 5, generator=g)
+    error = lambda w: (w * xa + (1 - w) * xm - x).square().mean(0)
+    w, grid = least_squares_map(map_sums(x, xm, xa)), torch.linspace(0, 1, 201)
+    best = grid[torch.stack([error(v) for v in grid]).argmin(0)]
+    assert (w - best).abs().max() < 0.006 and (error(w) <= error(best) + 1e-7).all()
+    assert torch.equal(least_squares_map([map_sums(x[:9], xm[:9], xa[:9]), map_sums(x[9:], xm[9:], xa[9:])]), w)
+    assert torch.equal(least_squares_map(map_sums(x, x, xa)), torch.zeros(4, 5)) and torch.equal(least_squares_map(map_sums(x, xm, x)), torch.ones(4, 5))
+
+
+def test_the_map_is_fitted_to_speakers_its_decoder_has_not_met(lsq_run, monkeypatch):
+    root, go = lsq_run
+    trained, judged, train_listener, branch_sums = {}, [], T.train_listener, T.branch_sums
+    def listens(model, train, *a, **k): trained[id(model)] = (model, {p.recording.subject for p in train}); return train_listener(model, train, *a, **k)
+    def sums(model, prepared, *a, **k): judged.append((trained[id(model)][1], {p.recording.subject for p in prepared})); return branch_sums(model, prepared, *a, **k)
+    monkeypatch.setattr(T, "train_listener", listens); monkeypatch.setattr(T, "branch_sums", sums)
+    go("folds")
+    everybody = {"sub001", "sub002", "sub003"}
+    folds, (last_trained, last_judged) = judged[:-1], judged[-1]
+    assert len(folds) == 2 and all(not (a & b) and a | b == everybody for a, b in folds) and set.union(*(b for _, b in folds)) == everybody
+    assert last_trained == last_judged == everybody                   # the in-sample map, kept to show the difference
+    maps = np.load(root / "folds" / "lsq" / "maps.npz")
+    model, deaf = T.load_run(root / "folds")[1]["lsq"]
+    assert np.array_equal(model.map.numpy(), maps["w"]) and np.array_equal(deaf.map.numpy(), maps["constant"])
+    assert all(0 <= maps[k].min() and maps[k].max() <= 1 for k in maps) and not np.array_equal(maps["w"], maps["in_sample"])
+    assert deaf.config.audio == "constant" and model.config.hidden == (16, 16)
+
+
+def test_rows_of_the_least_squares_map_labels_and_error_maps(lsq_run):
+    root, go = lsq_run
+    for n in (5, 2): go(f"rows/arms{n}", n)
+    records = T.evaluate_fusion(root / "data", root / "rows", root / "tables", cache=root / "cache")
+    assert {"sirem-lsq", "sirem-lsq-constant", "sirem-lsq-other-audio"} <= {r["method"] for r in records}
+    assert {r["table"] for r in records} == {"fusion", "fusion-mean", "fusion-label", "fusion-label-mean"}
+    assert all(not isinstance(v, (list, dict)) for r in records for v in r.values())
+    data = T.prepare([r for r in T.find_recordings(root / "data") if r.subject == "sub005"], 5, delta_s=0.1, cache=root / "cache")
+    i = T.evenly(data[0])
+    film = T.all_rows(data[0], i, others=data, which=("tongue",), blur=0., **T.load_run(root / "rows" / "arms5")[1])["sirem-lsq"][0]
+    label = [r["value"] for r in records if (r["table"], r["method"], r["arms_per_frame"], r["region"], r["metric"]) == ("fusion-label", "sirem-lsq", 5, "tongue", "psnr")]
+    assert label == [pytest.approx(float(T.psnr(film, data[0].target(i), 1.0, data[0].labels(i) == 1).mean()), abs=1e-4)]
+    maps = np.load(root / "tables" / "fusion_maps.npz")
+    assert {f"{n}/{k}" for n in (5, 2) for k in ("gridding", "sirem-lsq", "sirem-lsq-constant", "target", "articulators", "map", "map-lsq")} <= set(maps)
+    assert np.allclose(maps["5/sirem-lsq"], (film - data[0].target(i)).square().mean(0), atol=1e-6)
+
+
+def test_an_interrupted_least_squares_run_ends_as_an_uninterrupted_one(lsq_run, monkeypatch):
+    root, go = lsq_run
+    go("whole")
+    plain, calls = T.train_listener, []
+    def dies(*a, **k):
+        calls.append(1)
+        if len(calls) == 2: raise KeyboardInterrupt
+        return plain(*a, **k)
+    monkeypatch.setattr(T, "train_listener", dies)
+    with pytest.raises(KeyboardInterrupt): go("cut")
+    done = (root / "cut" / "lsq" / "fold0.npy").stat().st_mtime_ns
+    go("cut", resume=True)
+    assert (root / "cut" / "lsq" / "fold0.npy").stat().st_mtime_ns == done
+    for d in ("lsq", "lsq/constant"):
+        a, b = (load_sirem(root / r / d).state_dict() for r in ("whole", "cut"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_no_least_squares_map_from_one_speaker(runs):
+    s, models = T.load_run(runs / "arms5")
+    assert models["lsq"] is None and not (runs / "arms5" / "lsq").exists()
+    assert json.loads((runs / "arms5" / "settings.json").read_text())["lsq"] is False
+
+
+@pytest.mark.parametrize("arms_per_frame", (5, 2))
+def test_a_whole_scan_takes_one_adjoint_a_frame_in_blocks_of_any_size(runs, monkeypatch, arms_per_frame):
+    r = [r for r in T.find_recordings(runs.parent / "data") if r.subject == "sub003"][0]
+    model, pictures, adjoint = load_sirem(runs / f"arms{arms_per_frame}"), [], S.Nufft.adjoint
+    def counted(self, kspace): pictures.append(len(kspace) if kspace.ndim == 4 else 0); return adjoint(self, kspace)   # (frame, coil, arm, sample)
+    whole, centre_s = reconstruct(read_mrd(r.raw), *read_audio(r.audio), model, batch=1000)
+    scan = read_mrd(r.raw, on_disk=True)
+    monkeypatch.setattr(S.Nufft, "adjoint", counted)
+    blocks = list(S.reconstruct_blocks(scan, *read_audio(r.audio), model, batch=7))
+    assert max(len(x) for x, _ in blocks) == 7 and torch.allclose(torch.cat([x for x, _ in blocks]), whole, atol=1e-5)
+    assert torch.equal(torch.cat([c for _, c in blocks]), centre_s)
+    assert sum(pictures) == len(whole)
+
+
+def test_checkpoints_are_found_or_said_to_be_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="wheel"): S.default_checkpoint(13, tmp_path)
+    Sirem(SiremConfig(n_arms=5, im_size=(8, 8), hidden=(4,), dim=3)).save_pretrained(tmp_path / "sirem-5")
+    assert S.default_checkpoint(5, tmp_path) == tmp_path / "sirem-5"
+    with pytest.raises(FileNotFoundError, match="no checkpoint for 4 arms"): S.default_checkpoint(4, tmp_path)
+
+
+@pytest.mark.parametrize("arms_per_frame", (13, 2))
+def test_the_checkpoints_of_the_repository(arms_per_frame):
+    folder = S.default_checkpoint(arms_per_frame)
+    model = load_sirem(folder)
+    assert model.config.arms_per_frame == arms_per_frame and model.config.encoder == "logmel" and model.config.im_size == (84, 84)
+    assert (folder / "model.safetensors").stat().st_size < 6e6 and 0 <= model.map.min() and model.map.max() <= 1 and model.map.mean() > 0.01
+    assert load_sirem(folder / "constant").config.audio == "constant"

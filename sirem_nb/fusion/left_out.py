@@ -7,7 +7,7 @@ __all__ = ['even_arms', 'random_arms', 'ArmSums', 'arm_sums', 'sums_of', 'set_er
            'measured', 'heard', 'fitted_maps', 'films', 'psnr_records', 'choices', 'record_again', 'at_every_truth',
            'left_out_study', 'retrospective', 'film_rows', 'slow_and_fast']
 
-# %% ../../nbs/60_fusion/67_left_out.ipynb #db063f61
+# %% ../../nbs/60_fusion/67_left_out.ipynb #bd7719ef
 import itertools, json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..data.mrd import write_json
 from ..data.sync import nearest_reference
 from ..evaluate.image import psnr
 from .arm_profile import ArmProfile, normalise01
-from .fusion_map import ARTICULATORS, fuse, least_squares_map, map_sums
+from .fusion_map import ARTICULATORS, fuse, least_squares_map, map_sums, offset_picture
 from .train import choose_split, evenly, labelled, make_settings, new_model, prepare, subject_folds, train_listener
 from ..kspace.spiral import SpiralProtocol
 from ..speaker.corpus import CorpusSettings, record, virtual_speaker
@@ -122,7 +122,7 @@ def learned_arms(
         with torch.no_grad(): profile.logits += noise * (1 - step / steps) * torch.randn(n, dtype=torch.float64, generator=g)
     return min(seen, key=seen.get)
 
-# %% ../../nbs/60_fusion/67_left_out.ipynb #ffe0c868
+# %% ../../nbs/60_fusion/67_left_out.ipynb #312ae4e4
 def measured(p, i): return normalise01(p.arms(i).sum(1).abs())  # gridding of the arms of a Prepared
 
 
@@ -133,20 +133,20 @@ def heard(model, p, i): return model.audio(model.norm(p.features[i]))  # what th
 def fitted_maps(
     folds,     # list of (a Sirem, list of Prepared it has not met)
     n=100,     # frames of each recording
-):             # map of the listener, map of the mean picture: (y, x)
-    "Least-squares maps on out-of-fold predictions."
+):             # (map, offset) for the listener and for the mean picture: (y, x) each
+    "Least-squares maps and offsets on out-of-fold predictions."
     sums = {"sirem-lsq": 0, "sirem-lsq-constant": 0}
     for model, left_out in folds:
         for p in left_out:
             i = evenly(p, n); x, xm = p.target(i), measured(p, i)
             for k, xa in zip(sums, (heard(model, p, i), model.mean_image)): sums[k] = sums[k] + map_sums(x, xm, xa)
-    return {k: least_squares_map(v) for k, v in sums.items()}
+    return {k: (w := least_squares_map(v), offset_picture(v, w)) for k, v in sums.items()}
 
 
 def films(p, i, model, maps):
     "The rows of the study for frames i of a recording."
     xm, guess = measured(p, i), {"sirem-lsq": heard(model, p, i), "sirem-lsq-constant": model.mean_image}
-    return {"gridding": xm, **{k: fuse(guess[k], xm, w) for k, w in maps.items()}, "mean-image": model.mean_image.expand_as(xm)}
+    return {"gridding": xm, **{k: fuse(guess[k] + c, xm, w) for k, (w, c) in maps.items()}, "mean-image": model.mean_image.expand_as(xm)}
 
 # %% ../../nbs/60_fusion/67_left_out.ipynb #481f211f
 def psnr_records(rows, x, mask, **about):

@@ -6,11 +6,11 @@
 __all__ = ['VERSION', 'toy_corpus', 'cache_folder', 'fingerprint', 'stored', 'stored_pictures', 'read_reference', 'Prepared',
            'prepare_one', 'prepare', 'FrameLoader', 'FusionSettings', 'RunSettings', 'make_settings', 'labelled',
            'training_map', 'new_model', 'keep_memory', 'run_model', 'fit_sirem', 'choose_split', 'prepare_parts',
-           'subject_folds', 'evenly', 'train_listener', 'branch_sums', 'fit_lsq', 'train_fusion', 'other_sound',
-           'variants', 'all_rows', 'score_rows', 'label_rows', 'error_maps', 'add_maps', 'mean_records', 'find_runs',
-           'load_run', 'evaluate_fusion', 'score_checkpoints']
+           'subject_folds', 'evenly', 'train_listener', 'branch_sums', 'fit_lsq', 'save_lsq', 'train_fusion',
+           'other_sound', 'variants', 'all_rows', 'score_rows', 'label_rows', 'error_maps', 'add_maps', 'mean_records',
+           'find_runs', 'load_run', 'evaluate_fusion', 'score_checkpoints']
 
-# %% ../../nbs/60_fusion/66_train.ipynb #509ff6e4
+# %% ../../nbs/60_fusion/66_train.ipynb #0da68877
 import ctypes, hashlib, json, os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..data.sync import nearest_reference, read_audio
 from ..evaluate.image import psnr, scores, ssim_map
 from .arm_profile import normalise01
 from .audio_branch import toy_movie
-from .fusion_map import ARTICULATORS, least_squares_map, map_sums, mask_map, mean_map, motion_map
+from .fusion_map import ARTICULATORS, least_squares_map, map_sums, mask_map, mean_map, motion_map, offset_picture
 from .objective import arm_psfs, total
 from .sirem import TOY, Sirem, SiremConfig, acquisition_pictures, group_arms, load_sirem, toy_scan
 from ..learning.speech_encoders import load_encoder, pooled_features
@@ -421,13 +421,13 @@ def train_listener(
             opt.zero_grad(); loss.backward(); opt.step(); rate.step()
     return model.eval()
 
-# %% ../../nbs/60_fusion/66_train.ipynb #89807354
+# %% ../../nbs/60_fusion/66_train.ipynb #87c5f671
 @torch.no_grad()
 def branch_sums(
     model,     # a Sirem, and what gives xm: its arm weights
     prepared,  # list of Prepared
     n=200,     # frames of each recording
-):             # (2, 2, y, x) float64, see map_sums: for the model, and for its mean picture in place of the audio branch
+):             # (2, 5, y, x) float64, see map_sums: for the model, and for its mean picture in place of the audio branch
     "The sums of the least-squares maps of a model and of its counterpart without sound."
     out = 0
     for p in prepared:
@@ -437,7 +437,7 @@ def branch_sums(
             out = out + torch.stack([map_sums(b["target"], r["xm"], xa).cpu() for xa in (r["xa"], model.mean_image)])
     return out
 
-# %% ../../nbs/60_fusion/66_train.ipynb #2a99d436
+# %% ../../nbs/60_fusion/66_train.ipynb #adb6511b
 def fit_lsq(
     model,   # the trained Sirem: its arm weights are kept
     train,   # list of Prepared
@@ -455,13 +455,18 @@ def fit_lsq(
         file = out / f"fold{j}.npy"
         if not resume: file.unlink(missing_ok=True)
         sums.append(torch.from_numpy(np.array(stored(file, lambda: branch_sums(listener(others), fold).numpy()))))
-    heard = listener(train)
-    (w, constant), in_sample = (least_squares_map(v) for v in sum(sums)), least_squares_map(branch_sums(heard, train)[0])
-    with replacing(out / "maps.npz") as tmp, open(tmp, "wb") as f: np.savez(f, start=heard.map.cpu(), w=w, constant=constant, in_sample=in_sample)
-    heard.map.copy_(w); heard.save_pretrained(out / "best")
-    deaf = Sirem(replace(heard.config, audio="constant"))
+    return save_lsq(listener(train), *sum(sums), train, out)
+
+# %% ../../nbs/60_fusion/66_train.ipynb #885a9dbb
+@torch.no_grad()
+def save_lsq(heard, sums, deaf_sums, train, out):
+    "A listener and its counterpart without sound, each with its map and its offset."
+    w, constant, in_sample = (least_squares_map(v).to(heard.map) for v in (sums, deaf_sums, branch_sums(heard, train)[0]))
+    with replacing(out / "maps.npz") as tmp, open(tmp, "wb") as f: np.savez(f, **{k: v.cpu() for k, v in dict(start=heard.map, w=w, constant=constant, in_sample=in_sample).items()})
+    deaf = Sirem(replace(heard.config, audio="constant")).to(heard.map.device)
     deaf.load_state_dict({k: v for k, v in heard.state_dict().items() if not k.startswith("audio.")}, strict=False)
-    deaf.audio.image.data.copy_(heard.mean_image); deaf.map.copy_(constant); deaf.save_pretrained(out / "constant" / "best")
+    heard.map.copy_(w); heard.audio.net[-1].bias += offset_picture(sums, w.cpu()).flatten().to(w); heard.save_pretrained(out / "best")
+    deaf.map.copy_(constant); deaf.audio.image.copy_(deaf.mean_image + offset_picture(deaf_sums, constant.cpu()).to(w)); deaf.save_pretrained(out / "constant" / "best")
 
 # %% ../../nbs/60_fusion/66_train.ipynb #391ad25e
 def train_fusion(
@@ -575,19 +580,20 @@ def score_rows(
             out += [{**common, "method": method, "note": note, "region": region, "metric": k, "value": v} for k, v in values if np.isfinite(v)]
     return out + label_rows(rows, p, i, common)
 
-# %% ../../nbs/60_fusion/66_train.ipynb #e0363e0f
+# %% ../../nbs/60_fusion/66_train.ipynb #2b4fc732
 def label_rows(rows, p, i, common):
     "PSNR and SSIM of every row inside each labelled part, as records of the table fusion-label; a frame without the part does not count."
     if not labelled([p]): return []
-    target, labels, out = p.target(i).double(), p.labels(i), []
-    masks = {name: labels == number for name, number in p.reference["names"].items() if (labels == number).any()}
+    target, labels, out = p.target(i), p.labels(i), []
+    names = {k: v for k, v in p.reference["names"].items() if (labels == v).any()}
+    masks = torch.stack([labels == v for v in names.values()], 1).flatten(2).float()            # (frame, label, pixel)
+    size = masks.sum(2)
     for method, (x, note) in rows.items():
-        maps = {"mse": (x.double() - target).square(), "ssim": ssim_map(x, target, 1.0)}
-        for name, mask in masks.items():
-            seen = mask.any(-1).any(-1)
-            inside = {k: torch.where(mask, v, 0.0).sum((-2, -1))[seen] / mask.sum((-2, -1))[seen] for k, v in maps.items()}
-            values = {"psnr": float((-10 * inside["mse"].log10()).mean()), "ssim": float(inside["ssim"].mean())}
-            out += [{**common, "table": "fusion-label", "method": method, "note": note, "region": name, "metric": k, "value": v} for k, v in values.items() if np.isfinite(v)]
+        maps = torch.stack([(x - target).square(), ssim_map(x, target, 1.0).float()], -1).flatten(1, 2)
+        error, similar = ((masks @ maps) / size[..., None]).unbind(-1)
+        values = {"psnr": -10 * error.log10(), "ssim": similar}
+        out += [{**common, "table": "fusion-label", "method": method, "note": note, "region": name, "metric": k, "value": float(m)}
+                for k, v in values.items() for name, m in zip(names, v.nanmean(0)) if torch.isfinite(m)]
     return out
 
 # %% ../../nbs/60_fusion/66_train.ipynb #6beec91f
