@@ -210,29 +210,28 @@ def load_models(
     model = load_sirem(run); c = model.config
     return make_settings(encoder=c.encoder, delta_s=c.delta_s, mode=c.mode), {"model": model, "deaf": None, "oracle": None, "lsq": None}
 
-# %% ../../nbs/60_fusion/69_tables.ipynb #ccd38291
+# %% ../../nbs/60_fusion/69_tables.ipynb #6951b485
 def paper_tables(
-    data,                 # data set folder, or a list of Recording
-    run=None,             # a run of train_fusion with this number of arms per frame; None: no SIREM
-    out=None,             # folder for paper_tables.json, its .meta.json and paper_frames.npz; None: write nothing
+    data, run=None,       # data set folder, or a list of Recording; a run of train_fusion with this number of arms per frame, or None: no SIREM
+    out=None,             # folder for NAME.json, NAME.meta.json and paper_frames.npz; None: write nothing
     methods=(*METHODS, *SIREM_ROWS), targets=TARGETS,
     arms_per_frame=13, part="test", max_frames=None, cache=None,   # part: of the run's split; None, or a run without split: all recordings
+    name="paper_tables", pictures=True, about=None,                # about: dict, added to the meta file: command, note
 ):                        # list of flat records: tables "paper" and "paper-time"
     "SIREM's table 1 and figure 3 on every recording; table 2 follows by `audio_effect`. Raises ValueError: unknown method, run of another kind."
     if unknown := [m for m in methods if m not in (*METHODS, *SIREM_ROWS)]: raise ValueError(f"method {unknown[0]!r}: expected some of {', '.join((*METHODS, *SIREM_ROWS))}")
-    recordings = data if isinstance(data, list) else find_recordings(data)
-    loaded = None if run is None else load_models(run)
+    recordings, loaded = data if isinstance(data, list) else find_recordings(data), None if run is None else load_models(run)
     if loaded and (A := loaded[1]["model"].config.arms_per_frame) != arms_per_frame: raise ValueError(f"{run} was trained with {A} arms per frame, {arms_per_frame} were asked for: choose the other run")
     if run is not None and part and (split := Path(run)/"split.json").exists(): recordings = part_of(recordings, read_split(split), part)
     if not recordings: raise ValueError(f"no recording of the {part} subjects of {run} in the data: use the run's own data")
     lpips, records = None if "lpips" in perceptual_missing() else load_lpips(), []
+    for m in set(methods) & set(METHODS): run_baseline(recordings[0], m, arms_per_frame, max_frames=2)             # warm, so that the first clock is fair
     for n, r in enumerate(recordings):
         films, found, scan, used = recording_films(r, methods, targets, arms_per_frame, loaded, [q for q in recordings if q.audio], max_frames, cache)
         records += recording_records(r, films, found, scan, used, arms_per_frame, lpips)
-        if out is not None and n == 0: write_frames(Path(out)/"paper_frames.npz", films, found, used)
-    if out is None: return records
-    write_json(Path(out)/"paper_tables.json", records)
-    write_json(Path(out)/"paper_tables.meta.json", circumstances(records, methods, arms_per_frame, part, max_frames, loaded))
+        if out is not None and pictures and n == 0: write_frames(Path(out)/"paper_frames.npz", films, found, used)
+    found = {".json": records, ".meta.json": {**(about or {}), **circumstances(records, methods, arms_per_frame, part, max_frames, loaded)}}
+    for ending in found if out is not None else (): write_json(Path(out)/(name + ending), found[ending])
     return records
 
 # %% ../../nbs/60_fusion/69_tables.ipynb #f089c8e3
