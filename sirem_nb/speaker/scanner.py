@@ -69,7 +69,7 @@ def coil_maps(
     maps = np.stack(maps)
     return torch.as_tensor((maps / np.sqrt((np.abs(maps)**2).sum(0))).astype(np.complex64))
 
-# %% ../../nbs/30_speaker/35_scanner.ipynb #f238b5a1
+# %% ../../nbs/30_speaker/35_scanner.ipynb #f842f6ce
 class ArmPlayer:
     "Fourier transforms of fine pictures along the arms of a protocol: only the part of the band that the arms reach is computed."
     def __init__(self,
@@ -85,7 +85,7 @@ class ArmPlayer:
         keep = [np.r_[0:h, g-h:g] for h, g in zip(self.half, self.grid)]
         columns = (keep[0][:, None] * self.grid[1] + keep[1]).ravel()
         self.matrices = [_torch_csr(m.tocsc()[:, columns], "cpu") for m, _, _ in built]
-        self.turn = [torch.as_tensor(np.exp(2j*np.pi*j*(n//2)/g).astype(np.complex64)) for j, n, g in zip(keep, fine, self.grid)]
+        self.turn = [torch.as_tensor(np.exp(2j*np.pi*j*(n//2 - g//2)/g).astype(np.complex64)) for j, n, g in zip(keep, fine, self.grid)]   # from the corner to the middle of the grid
 
     def __call__(self, x, arm):  # x (batch, Y, X) complex64, arm index -> (batch, sample) complex64
         return play_arm(x, self, arm)
