@@ -195,7 +195,7 @@ def at_every_truth(p, x):
     labels = torch.isin(p.reference["labels"][inside], torch.tensor([p.reference["names"][n] for n in ARTICULATORS if n in p.reference["names"]]))
     return {k: v[seen] for k, v in x.items()}, normalise01(p.reference["frames"][inside].float()), labels
 
-# %% ../../nbs/60_fusion/67_left_out.ipynb #f941c849
+# %% ../../nbs/60_fusion/67_left_out.ipynb #f3a6c281
 def left_out_study(
     data, out,                        # data set folder of simulate_corpus; folder for left_out.json and the prospective recordings
     ks=(1, 2, 3, 4, 6, 13), seed=0,   # arms kept
@@ -206,7 +206,7 @@ def left_out_study(
 ):                                    # list of flat records
     "Arms really left out: even, learned, random and in a row; from full rotations, and in a scanner that plays only those."
     recordings = find_recordings(data); split = choose_split(recordings, split, seed)
-    load = lambda part, n=None, arms=None: prepare(part_of(recordings, split, part), n, cache=cache, arms=arms)
+    load = lambda part, n=None, arms=None: prepare(part_of(recordings, split, part), n, mode="utterance", cache=cache, arms=arms)   # heard once
     train, records, s = load("train"), [], make_settings(hidden=(256, 256), seed=seed)
     listen = lambda who: train_listener(new_model(who, train[0].facts["n_arms"], s)[0], who, steps, seed=seed)
     models, whole, sums = [listen(others) for others, _ in subject_folds(train, folds)], listen(train), sums_of(train)
@@ -216,7 +216,7 @@ def left_out_study(
         records += retrospective(load("test", arms=arms), whole, maps, max_frames, about)
         if choice == "even" and k in prospective:
             played = record_again(data, Path(out) / f"arms{k}", split["test"], arms, seconds)
-            records += film_rows(prepare(played, k, cache=cache), whole, maps, about, "prospective")
+            records += film_rows(prepare(played, k, mode="utterance", cache=cache), whole, maps, about, "prospective")
     write_json(Path(out) / "left_out.json", records := records + slow_and_fast(again, load, whole, prospective))
     return records
 
