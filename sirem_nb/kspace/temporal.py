@@ -66,7 +66,7 @@ def prox_temporal(
         out[:, here], j[:, here], u[:, here] = _force_steps(V[:, here], j[:, here], u[:, here], s, rho, n_iter)
     return torch.view_as_complex(out).reshape(v.shape), (j, u)
 
-# %% ../../nbs/10_kspace/17_temporal.ipynb #2ceede0e
+# %% ../../nbs/10_kspace/17_temporal.ipynb #d5d8539f
 def _sliding_guess(problem, n):
     "The mean of A^H W y over n frames, times the factor that suits the data best."
     n = max(1, min(n, len(problem.b)))
@@ -80,10 +80,11 @@ def _sliding_guess(problem, n):
 
 
 def _step_length(problem):
-    "1/L for all frames: L is the largest eigenvalue over (at most 16 different) sets of arms."
+    "1/L for all frames: L is a little more than the largest eigenvalue over (at most 16 of) the sets of arms."
     group = problem.normal.group
     frames = torch.tensor([int((group == i).nonzero()[0]) for i in group.unique()[:16]])
-    return 1 / float(largest_eigenvalue(lambda v: problem.normal(v, frames), (len(frames), *problem.b.shape[1:]), device=problem.b.device).max())
+    top = largest_eigenvalue(lambda v: problem.normal(v, frames), (len(frames), *problem.b.shape[1:]), n_iter=15, device=problem.b.device)
+    return 1 / (1.05 * float(top.max()))
 
 # %% ../../nbs/10_kspace/17_temporal.ipynb #3a9ea88d
 def _momentum(t, restart):
