@@ -13,7 +13,7 @@ from sirem_nb.translate.attention import SelfResidualAttention, moving_share, re
 from sirem_nb.translate.cine_translator import CineTranslator, TranslatorConfig, count_parameters, recon_loss
 from sirem_nb.translate.disentangle import pairwise_kl, reparametrise, slice_latent, word_use
 from sirem_nb.translate.lip2audspec import AudioAutoencoder, Lip2AudSpec, Lip2AudSpecConfig, StackableLSTM, audspec_loss, corr2, inputs, time_first
-from sirem_nb.translate.mel import METHODS, MEL, MelSettings, crops, griffin_lim, istft, mel_power, mel_spectrogram, stft, to_power, to_wave
+from sirem_nb.translate.mel import METHODS, MEL, MelSettings, crops, griffin_lim, istft, join_windows, mel_power, mel_spectrogram, stft, to_power, to_wave
 
 SMALL = dict(matrix=32, channels=(4, 8, 16, 16, 32))
 
@@ -95,6 +95,18 @@ def test_istft_inverts_stft_and_griffin_lim_comes_nearer():
     magnitude = stft(wave).abs()
     miss = [(stft(griffin_lim(magnitude, n_iter=n, generator=torch.Generator().manual_seed(0))).abs() - magnitude).norm() for n in (1, 32)]
     assert miss[1] < 0.5*miss[0]
+
+
+def test_windows_join_to_one_long_spectrogram():
+    mels = torch.stack([torch.full((64, 64), v) for v in (0.2, 0.6)])
+    joined, long = join_windows(mels, [0., 32*MEL.frame_s])
+    assert joined.shape == (64, 96) and (long.n_frames, long.n_samples) == (96, 95*333)
+    assert torch.allclose(joined[:, :32], torch.tensor(0.2)) and torch.allclose(joined[:, 64:], torch.tensor(0.6))
+    assert (joined[0].diff() >= -1e-6).all() and 0.2 < joined[0, 48] < 0.6                 # a soft passage between
+    assert not join_windows(mels, [0., 100*MEL.frame_s])[0][:, 64:100].any()                # a gap is silence
+    assert to_wave(joined, long, "griffin-lim-torch", n_iter=2).shape == (95*333,)
+    for bad in (lambda: join_windows(mels, [0.]), lambda: join_windows(mels, [-1., 0.])):
+        with pytest.raises(ValueError, match="start"): bad()
 
 
 @pytest.mark.parametrize("bad, word", [

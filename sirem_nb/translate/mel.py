@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MEL', 'METHODS', 'MelSettings', 'mel_power', 'mel_spectrogram', 'crops', 'to_power', 'mel_bands', 'stft', 'istft',
-           'griffin_lim', 'descend', 'to_wave', 'librosa_wave']
+           'griffin_lim', 'descend', 'to_wave', 'librosa_wave', 'join_windows']
 
-# %% ../../nbs/70_translate/71_mel.ipynb #83615ddd
-from dataclasses import dataclass
+# %% ../../nbs/70_translate/71_mel.ipynb #0f3c75cd
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import librosa
@@ -166,3 +166,19 @@ def librosa_wave(power, s, n_iter, seed):   # (mel, time) -> (sample,)
     magnitude = librosa.feature.inverse.mel_to_stft(power.cpu().numpy(), sr=s.rate, n_fft=s.n_fft, fmin=s.fmin, fmax=s.fmax)
     wave = librosa.griffinlim(magnitude, n_iter=n_iter, hop_length=s.hop, n_fft=s.n_fft, length=s.n_samples, random_state=seed)
     return torch.from_numpy(wave).float().to(power.device)
+
+# %% ../../nbs/70_translate/71_mel.ipynb #6017ec8b
+def join_windows(
+    mels,     # (window, mel, time)
+    start_s,  # (window,) when each begins, s
+    s=MEL,
+):            # (mel, long time), MelSettings of that length
+    "One long mel spectrogram from overlapping ones; what no window covers is silence."
+    first = torch.round(torch.as_tensor(start_s, dtype=torch.float64)/s.frame_s).long()
+    if mels.ndim != 3 or mels.shape[1:] != (s.n_mels, s.n_frames) or len(first) != len(mels): raise ValueError(f"{tuple(mels.shape)} spectrograms and {len(first)} starts: expected (window, {s.n_mels}, {s.n_frames}) and one start a window")
+    if first.min() < 0: raise ValueError("a window begins before time 0: expected start_s >= 0")
+    weight = (1 - (2*(torch.arange(s.n_frames) + 0.5)/s.n_frames - 1).abs()).to(mels)
+    n = int(first.max()) + s.n_frames
+    total, weights = mels.new_zeros(s.n_mels, n), mels.new_zeros(n)
+    for m, i in zip(mels, first.tolist()): total[:, i:i + s.n_frames] += weight*m; weights[i:i + s.n_frames] += weight
+    return total/weights.clamp(min=1e-6), replace(s, n_frames=n, n_samples=(n - 1)*s.hop)
