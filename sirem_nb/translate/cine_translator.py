@@ -37,7 +37,7 @@ class TranslatorConfig:
         if self.n_mels != (n := 4*2**(len(self.decoder) + 1)): raise ValueError(f"{len(self.decoder) + 1} deconvolutions make {n} rows from 4: expected n_mels = {n}, found {self.n_mels}")
         if self.channels[-1] <= 2*self.n_word: raise ValueError(f"{self.channels[-1]} latent channels cannot hold {self.n_word} mu, {self.n_word} sigma and a subject part")
 
-# %% ../../nbs/70_translate/72_cine_translator.ipynb #2235f8a2
+# %% ../../nbs/70_translate/72_cine_translator.ipynb #fae9ce93
 class Encoder(nn.Module):
     "Five 3-D convolutions, each with ReLU and max pooling that halves time and space (CMRI2Spec, Table 1)."
     def __init__(self, c=TranslatorConfig()):
@@ -51,7 +51,7 @@ class Encoder(nn.Module):
         x,   # (batch, time, y, x)
     ):       # (batch, channel, 4, 4)
         x = x[:, None]
-        for conv, pool in zip(self.convs[:-1], self.pools): x = pool(conv(x).relu())
+        for conv, pool in zip(self.convs[:-1], self.pools): x = pool(conv(x)).relu()
         x = self.pools[-1](self.convs[-1](x))[:, :, 0]
         return torch.cat([x[:, :self.n_relu].relu(), x[:, self.n_relu:]], 1)
 
