@@ -9,7 +9,7 @@ __all__ = ['METHODS', 'METRICS', 'OTHERS', 'TARGET_NAMES', 'data_uri', 'picture'
            'paper_table2', 'effect_figure', 'time_figure', 'methods_figure', 'write_paper_tables', 'showcase', 'show',
            'curves_of', 'demo_report']
 
-# %% ../nbs/90_use/92_report.ipynb #f5ec9a8d
+# %% ../nbs/90_use/92_report.ipynb #4c67e8c2
 import base64, html, io, json
 from pathlib import Path
 import numpy as np
@@ -20,7 +20,7 @@ from .data.mrd import replacing
 from .data.sync import read_audio, write_movie
 from .fusion.arm_profile import normalise01
 from .fusion.sirem import load_sirem
-from .fusion.tables import COLUMNS, TARGETS, audio_effect, table_of
+from .fusion.tables import COLUMNS, FIGURE_2, TARGETS, audio_effect, table_of
 from .fusion.train import prepare, run_model
 
 # %% ../nbs/90_use/92_report.ipynb #3ef0cf40
@@ -357,15 +357,15 @@ def time_figure(
     ax.set_yticks(range(len(names)), [METHODS[m] for m in names], fontsize=8); ax.set(xscale="log", xlabel="time per frame (ms)", xlim=(min(mean.min(), 10)/2, max(mean.max(), 100)*3))
     return fig
 
-# %% ../nbs/90_use/92_report.ipynb #7793b5cf
+# %% ../nbs/90_use/92_report.ipynb #ee198dc8
 def methods_figure(
     shown,      # {"method/NAME" or "target/NAME": (5, y, x) 8-bit, "times_s": (5,)}: paper_frames.npz
-    names=("gridding", "wavelet", "tv", "temporal-tv", "sirem-constant", "sirem", "sirem-lsq"),
+    names=FIGURE_2,
 ):              # Figure
     "Figure 2: frames of a held-out recording, a row for each target and method."
     rows = [("truth", "target/truth")]*("target/truth" in shown) + [(METHODS[m], f"method/{m}") for m in names if f"method/{m}" in shown]
     top = np.quantile(shown[rows[0][1]], 0.995)
-    fig = Figure(figsize=(1.35*len(shown["times_s"]) + 1, 1.35*len(rows)), layout="constrained")
+    fig = Figure(figsize=(1.05*len(shown["times_s"]) + 0.8, 1.05*len(rows)), layout="constrained")
     for axes, (name, key) in zip(fig.subplots(len(rows), len(shown["times_s"]), squeeze=False), rows):
         for ax, im, t in zip(axes, shown[key], shown["times_s"]):
             ax.imshow(im, cmap="gray", vmin=0, vmax=top); ax.set(xticks=[], yticks=[])
