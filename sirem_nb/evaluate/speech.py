@@ -51,7 +51,7 @@ def corr2d(
     r = (a*b).sum((-2, -1)) / (a.square().sum((-2, -1)) * b.square().sum((-2, -1))).sqrt()
     return torch.where(constant, torch.nan, r.clamp(-1, 1))
 
-# %% ../../nbs/40_evaluate/44_speech.ipynb #3e64d8e1
+# %% ../../nbs/40_evaluate/44_speech.ipynb #3e504a91
 PESQ_RATE, PESQ_LIMIT_S = 16000, 20.    # Hz; s: in 20 s there are fewer than 50 stretches of speech, more than which pesq does not survive
 
 def check_sounds(
@@ -60,7 +60,7 @@ def check_sounds(
     rate,  # Hz
 ):         # both as float64
     "Check one comparison. Raises ValueError: shapes, NaN, rate."
-    wave, ref = (torch.as_tensor(w).detach().cpu().double().numpy() for w in (wave, ref))
+    wave, ref = (np.asarray(w.detach().cpu() if isinstance(w, torch.Tensor) else w, dtype=np.float64) for w in (wave, ref))
     if wave.ndim != 1 or wave.shape != ref.shape or not len(wave): raise ValueError(f"sounds of shapes {wave.shape} and {ref.shape}: expected two of one channel and equal length, (sample,); cut the longer one")
     if not (np.isfinite(wave).all() and np.isfinite(ref).all()): raise ValueError("a sound has NaN or infinite samples: expected finite numbers")
     if not rate > 0: raise ValueError(f"a rate of {rate} Hz: expected a positive number")

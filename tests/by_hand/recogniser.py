@@ -5,6 +5,7 @@
     python tests/by_hand/recogniser.py novel debian
     python tests/by_hand/recogniser.py sentences           # virtual speakers, three minutes
     python tests/by_hand/recogniser.py words
+    python tests/by_hand/recogniser.py pair
 
 Each writes its records into results/recogniser.json. Of the recordings (CC BY-SA 3.0; BSD) only numbers are kept.
 """
@@ -95,8 +96,15 @@ def words(recogniser):
         right += list(identified(scores) == np.arange(len(WORDS))); plain += list(identified(scores, False) == np.arange(len(WORDS)))
         pairs += [(s, recogniser(w, RATE)) for s, w in zip(WORDS, waves)]
     one = lambda metric, v: {"what": f"four virtual speakers, one of {len(WORDS)} words", "metric": metric, "value": round(float(np.mean(v)), 4), "n": len(v), "of": "words"}
-    keep("words", [one("wer", [edits(words_of(s), words_of(h)) for s, h in pairs]), one("identified", right), one("identified, no prior", plain)])
+    keep("words", [one("wer", [edits(words_of(s), words_of(h)) for s, h in pairs]), one("all words right", [words_of(s) == words_of(h) for s, h in pairs]), one("identified", right), one("identified, no prior", plain)])
+
+
+def pair(recogniser):
+    two = ("asouk", "ageese")
+    scores = np.array([word_scores(recogniser, speak(seed, w), RATE, two) for seed in range(6) for w in two])
+    right = identified(scores, prior=False) == np.tile([0, 1], 6)
+    keep("pair", [{"what": "six virtual speakers, asouk or ageese", "metric": "identified, no prior", "value": round(float(right.mean()), 4), "n": len(right), "of": "words"}])
 
 
 if __name__ == "__main__":
-    {"prompts": prompts, "novel": novel, "sentences": sentences, "words": words}[sys.argv[1]](Recogniser(), *sys.argv[2:])
+    {"prompts": prompts, "novel": novel, "sentences": sentences, "words": words, "pair": pair}[sys.argv[1]](Recogniser(), *sys.argv[2:])
