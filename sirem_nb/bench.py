@@ -135,17 +135,18 @@ def run_iterative(d, job):
     return [time_record(timed(lambda: solve(k), job["seconds"], least=job["least"], cuda=job["cuda"]), len(k)),
             {"metric": "objective", "value": float(value(x, k[:few]).mean()), "n": few, "unit": "1"}]
 
-# %% ../nbs/90_use/94_bench.ipynb #ea06769a
+# %% ../nbs/90_use/94_bench.ipynb #218b231f
 def run_converged(d, job):
     "Iterations until every frame is within 0.1 % of the converged objective, the time for that many, and how far above it is."
     k, w = d["kspace"], d["dcf"] if job["weighted"] else None
     both = dict(ktraj=d["ktraj"], smaps=d["smaps"], weights=w, lam=LAM[job["task"]] * d["scale"][0 if job["weighted"] else 1])
     few = k[:job["scored"]]
-    best = iterative.wavelet(few, n_iter=job["n_best"], **both).image
+    long = iterative.wavelet(few, n_iter=job["n_best"], record=True, **both)
     value = lambda x: iterative.objective(x, few, reg="wavelet", **both)
-    end = value(best)
+    end = value(long.image)
     gap = lambda n: float(((value(iterative.wavelet(few, n_iter=n, **both).image) - end) / end).max())
-    n = next((n for n in range(2, 101) if gap(n) < 1e-3), 100)
+    near = ((long.objective - end) / end < 1e-3).all(1).nonzero()
+    n = next(n for n in range(max(1, int(near[0])), job["n_best"] + 1) if gap(n) < 1e-3)
     ms = timed(lambda: iterative.wavelet(k, n_iter=n, **both), job["seconds"], least=job["least"], cuda=job["cuda"])
     return [time_record(ms, len(k), n_iter=n), {"metric": "gap", "value": gap(n), "n": len(few), "unit": "1", "n_iter": n},
             {"metric": "objective", "value": float(end.mean()), "n": len(few), "unit": "1", "note": f"converged: {job['n_best']} iterations"}]
@@ -265,7 +266,7 @@ def _rows(cuda):
     for encoder in ("logmel", "hubert-base, random weights"): yield "sirem", "sirem-nb", {"encoder": encoder}
     for m in ("sirem-nb", "encoder and NUFFT in the loop"): yield "train_epoch", m, {}
 
-# %% ../nbs/90_use/94_bench.ipynb #ab520091
+# %% ../nbs/90_use/94_bench.ipynb #11160724
 def jobs(
     tasks=TASKS,
     threads=2,
@@ -275,7 +276,7 @@ def jobs(
     "What there is to do."
     cuda = device == "cuda"
     common = {"threads": threads, "device": device, "cuda": cuda, "copies": 16 if cuda else 1, "scored": 2,
-              "seconds": 0.0 if quick else 2.0, "least": 1 if quick else 3, "n_best": 100 if quick else 1000, "rate": 1600 if quick else 16000}
+              "seconds": 0.0 if quick else 2.0, "least": 1 if quick else 3, "n_best": 100 if quick else 400, "rate": 1600 if quick else 16000}
     iterations = lambda task: {"n_iter": 10 if quick else 30 if task == "cg30" else 100} if task in REGULARISERS else {}
     todo = [{"task": task, "method": m, **common, **iterations(task), **more} for task, m, more in _rows(cuda) if task in tasks]
     return [j for j in todo if not (quick and j.get("encoder", "").startswith("hubert"))]
