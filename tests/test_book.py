@@ -8,7 +8,7 @@ BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 CHAPTERS = ["kspace", "data", "speaker", "evaluate", "learning", "fusion", "translate", "diffusion"]
 EXTRAS = ["finufft", "pytorch_finufft", "pesq", "pystoi", "torchmetrics", "onnxruntime", "dask", "distributed", "ipywidgets",
-          "jupyterlab", "nbdev", "fastcore", "execnb", "sigpy", "pywt", "torchvision", "torchaudio", "IPython"]
+          "jupyterlab", "nbdev", "fastcore", "execnb", "sigpy", "torchvision", "torchaudio", "IPython"]
 
 
 def cells(p): return json.loads(p.read_text())["cells"]
@@ -76,8 +76,8 @@ def test_notebook_is_stored_executed(p):
 
 
 def test_numbers_are_unique():
-    stems = [p.stem[:2] for p in NOTEBOOKS if p.stem[:2].isdigit()]
-    assert len(stems) == len(set(stems))
+    numbers = [p.stem.split("_")[0] for p in NOTEBOOKS if p.stem[0].isdigit()]
+    assert len(numbers) == len(set(numbers))
 
 
 def test_readme_is_the_index():

@@ -7,7 +7,7 @@ from sirem_nb.data.mrd import read_recon
 from sirem_nb.data.sync import read_movie, write_movie
 
 SIREM = Path(sys.executable).parent/"sirem"
-COMMANDS = [["simulate"], ["info"], ["recon"], ["train", "fusion"], ["evaluate"], ["weights", "list"], ["weights", "from-file"], ["demo"]]
+COMMANDS = [["simulate"], ["info"], ["recon"], ["tune"], ["train", "fusion"], ["evaluate"], ["weights", "list"], ["weights", "fetch"], ["weights", "from-file"], ["demo"]]
 
 
 def run(*argv, **kw): return subprocess.run([SIREM, *map(str, argv)], capture_output=True, text=True, **kw)
@@ -64,6 +64,16 @@ def test_recon_writes_film_sound_and_facts(raw, movie, arms, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["recon.h5", "recon.json", "video.mp4"]
 
 
+@pytest.mark.parametrize("method", ["cg-sense", "wavelet", "tv", "temporal-tv", "low-rank-sparse", "sirem"])
+def test_every_method_reconstructs_without_training_first(raw, method, tmp_path):
+    argv = ["recon", str(raw), "--out", str(tmp_path), "--method", method] + ([] if method in ("sirem", "low-rank-sparse") else ["--lam", "0.01", "--iterations", "5"])
+    assert main(argv) == 0
+    about, (x, _, attrs) = json.loads((tmp_path/"recon.json").read_text()), read_recon(tmp_path/"recon.h5")
+    assert attrs["method"] == method and len(x) == about["frames"] and torch.isfinite(x).all() and float(x.std()) > 0
+    if method == "sirem": assert about["checkpoint"].endswith("sirem-13")
+    elif "lam" in about["settings"]: assert about["settings"]["lam"] == 0.01 and about["settings"]["n_iter"] == 5
+
+
 def test_recon_looks_like_the_movie(raw, movie, tmp_path):
     "One scale for the film; the moving disc is followed better than by the mean frame."
     assert main(["recon", str(raw), "--out", str(tmp_path)]) == 0
@@ -93,7 +103,12 @@ BAD = {
     "no such raw file": ["info", "{d}/none.h5"], "text as raw file": ["info", "{d}/text.h5"], "truncated raw file": ["info", "{d}/cut.h5"],
     "NaN samples": ["recon", "{d}/nan.h5", "--out", "{d}/o"], "unknown method": ["recon", "{raw}", "--out", "{d}/o", "--method", "magic"],
     "more arms than the scan has": ["recon", "{raw}", "--out", "{d}/o", "--arms-per-frame", "100000"], "no arms": ["recon", "{raw}", "--out", "{d}/o", "--arms-per-frame", "0"],
-    "sirem without checkpoint": ["recon", "{raw}", "--out", "{d}/o", "--method", "sirem"], "checkpoint that is none": ["recon", "{raw}", "--out", "{d}/o", "--method", "sirem", "--checkpoint", "{d}/empty"],
+    "no checkpoint for these arms": ["recon", "{raw}", "--out", "{d}/o", "--method", "sirem", "--arms-per-frame", "7"],
+    "weight of a method without one": ["recon", "{raw}", "--out", "{d}/o", "--lam", "0.1"], "tuned file that is none": ["recon", "{raw}", "--out", "{d}/o", "--method", "tv", "--tuned", "{d}/text.h5"],
+    "negative weight": ["recon", "{raw}", "--out", "{d}/o", "--method", "tv", "--lam", "-1"], "unknown table": ["evaluate", "{d}/empty", "--out", "{d}/o", "--tables", "magic"],
+    "fusion table without a run": ["evaluate", "{d}/empty", "--out", "{d}/o", "--tables", "fusion"], "nothing to tune on": ["tune", "{d}/empty", "--out", "{d}/t.json"],
+    "unknown score to tune by": ["tune", "{d}/empty", "--out", "{d}/t.json", "--by", "luck"], "unknown weights": ["weights", "fetch", "magic"],
+    "checkpoint that is none": ["recon", "{raw}", "--out", "{d}/o", "--method", "sirem", "--checkpoint", "{d}/empty"],
     "sound that is none": ["recon", "{raw}", "--out", "{d}/o", "--audio", "{d}/text.h5"], "no cuda here": ["recon", "{raw}", "--out", "{d}/o", "--device", "tpu"],
     "empty movie": ["simulate", "{d}/s", "--video", "{d}/empty.mp4"], "text as movie": ["simulate", "{d}/s", "--video", "{d}/text.mp4"], "no movie": ["simulate", "{d}/s", "--video", "{d}/none.mp4"],
     "negative snr": ["simulate", "{d}/s", "--snr", "-1"], "unknown word": ["simulate", "{d}/s", "--speakers", "1", "--words", "xqzzt"], "arms that are not played": ["simulate", "{d}/s", "--video", "{movie}", "--play", "3,77"],
