@@ -1,5 +1,7 @@
 # make demo   the main job, end to end, from nothing: ends by naming out/demo/report.html
 # make test   the book and the tests
+# make bench  times beside those of other packages, about ten minutes on a machine that does nothing else
+# make studies  the long runs that chapter 95 reads, about an hour; results stay in out/study
 # make venv   the set-up alone
 # make readme / make docs / make clean-nb: for those who write notebooks (CONTRIBUTING.md)
 PYTHON ?= python3
@@ -8,7 +10,7 @@ EXTRAS := fast,evaluation,moonshine,dicom,cluster,notebook,dev,peers
 export OMP_NUM_THREADS ?= 2
 export MPLBACKEND ?= Agg
 
-.PHONY: venv demo test book pytest readme docs export clean-nb
+.PHONY: venv demo test book pytest bench studies readme docs export clean-nb
 
 venv: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
@@ -27,6 +29,19 @@ book: venv
 
 pytest: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+bench: venv
+	$(BIN)/sirem bench --out out/bench
+
+STUDY := out/study
+studies: venv
+	$(BIN)/sirem simulate $(STUDY)/data --speakers 16 --recordings 2 --seconds 8 --seed 7
+	for a in 13 6 4 2 1; do \
+	  $(BIN)/sirem train fusion $(STUDY)/data --out $(STUDY)/runs/$$a-arms --arms-per-frame $$a --per-epoch 800 --cache $(STUDY)/cache && \
+	  $(BIN)/sirem evaluate $(STUDY)/data --tables paper --run $(STUDY)/runs --arms-per-frame $$a --methods gridding,temporal-tv --targets truth --cache $(STUDY)/cache --out $(STUDY)/classic/$$a-arms || exit 1; done
+	$(BIN)/sirem evaluate $(STUDY)/data --tables fusion --run $(STUDY)/runs --cache $(STUDY)/cache --max-frames 100 --out $(STUDY)/few_arms
+	$(BIN)/sirem evaluate $(STUDY)/data --tables paper --run $(STUDY)/runs --arms-per-frame 13 --cache $(STUDY)/cache --out $(STUDY)/tables
+	$(BIN)/sirem evaluate $(STUDY)/data --tables left-out --run $(STUDY)/runs --cache $(STUDY)/cache --out $(STUDY)/left_out
 
 export: venv
 	$(BIN)/nbdev_export

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'train_app', 'Seed', 'Device', 'Workers', 'Raw', 'Data', 'RECON_METHODS', 'weights_app', 'numbers', 'positive',
            'one_of', 'pick_device', 'main', 'simulate', 'info', 'write_film', 'recon', 'fusion', 'evaluate', 'tune',
-           'weights_list', 'weights_fetch', 'weights_from_file', 'demo']
+           'bench', 'weights_list', 'weights_fetch', 'weights_from_file', 'demo']
 
 # %% ../nbs/90_use/91_cli.ipynb #bb61ae2b
 import json, sys, time
@@ -236,7 +236,7 @@ def _write(scan, sound, out, transient, raw, method, frames, centre_s, seconds, 
                  ms_per_frame=1e3*seconds/n, origin=scan.origin, n_coils=scan.n_coils, n_arms=scan.n_arms, matrix=list(scan.im_size), **about)
     write_film(out, scan, frames.cpu(), centre_s, sound, method, facts)
 
-# %% ../nbs/90_use/91_cli.ipynb #436b99b0
+# %% ../nbs/90_use/91_cli.ipynb #fe721c65
 @train_app.command(epilog="Example: sirem train fusion data --out run --arms-per-frame 2")
 def fusion(
     data: Data,
@@ -256,8 +256,7 @@ def fusion(
     lsq: Annotated[bool, typer.Option(help="also fit the least-squares map, on speakers that its decoders have not seen")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="go on where a stopped run was")] = False,
     cache: Annotated[Path, typer.Option(help="where arm pictures are kept; default: the user's cache")] = None,
-    device: Device = "auto",
-    seed: Seed = 0,
+    device: Device = "auto", seed: Seed = 0,
 ):
     "Train SIREM on a data set, with its ablation without sound."
     _train_fusion(**locals())
@@ -272,35 +271,43 @@ def _train_fusion(data, out, arms_per_frame, split, resume, cache, device, encod
                  encoder_path=str(encoder_path) if encoder_path else None, **settings)
     print(f"wrote {out/'best'}")
 
-# %% ../nbs/90_use/91_cli.ipynb #e816785b
+# %% ../nbs/90_use/91_cli.ipynb #66cc0ba8
 @app.command(epilog="Example: sirem evaluate data --run run --out tables")
 def evaluate(
     data: Data,
     out: Annotated[Path, typer.Option(help="folder: fusion.json, .md, .png and maps; paper_tables.json, paper.md and pictures")],
     run: Annotated[Path, typer.Option(help="what sirem train fusion wrote, or a folder with several such runs; default: no SIREM")] = None,
-    tables: Annotated[str, typer.Option(help="fusion, paper, or both with a comma; default: both, and paper alone without a run")] = None,
+    tables: Annotated[str, typer.Option(help="fusion, paper, left-out, several with commas; default: fusion and paper; without a run paper alone")] = None,
     part: Annotated[str, typer.Option(help="part of the run's split: train, val or test")] = "test",
     arms_per_frame: Annotated[int, typer.Option(help="of the paper's tables; default: the largest that was trained, or a full rotation")] = None,
     methods: Annotated[str, typer.Option(help="rows of the paper's tables; default: all")] = None,
+    targets: Annotated[str, typer.Option(help="what the paper's tables compare with: tv,gridding,wavelet,truth")] = "tv,gridding,wavelet,truth",
     cache: Annotated[Path, typer.Option(help="where arm pictures are kept")] = None,
-    max_frames: Annotated[int, typer.Option(help="at most so many frames of a recording; default: all")] = None,
-    seed: Seed = 0,
+    max_frames: Annotated[int, typer.Option(help="at most so many frames of a recording; default: all")] = None, seed: Seed = 0,
 ):
     "The tables: every method, its ablations and controls, over the frame and inside the articulators."
     one_of(part, ("train", "val", "test"), "--part"); positive(max_frames, "--max-frames"); positive(arms_per_frame, "--arms-per-frame")
-    todo = [one_of(t.strip(), ("fusion", "paper"), "--tables") for t in (tables or ("fusion,paper" if run else "paper")).split(",")]
+    todo = [one_of(t.strip(), ("fusion", "paper", "left-out"), "--tables") for t in (tables or ("fusion,paper" if run else "paper")).split(",")]
     if "fusion" in todo and not run: raise ValueError("the table fusion needs --run: a folder that sirem train fusion wrote")
     if "fusion" in todo: _fusion_tables(data, run, out, part, cache, max_frames)
-    if "paper" in todo: _paper_tables(data, run, out, part, arms_per_frame, methods, cache, max_frames)
+    if "paper" in todo: _paper_tables(data, run, out, part, arms_per_frame, methods, targets, cache, max_frames)
+    if "left-out" in todo: _left_out_table(data, run, out, cache, max_frames, seed)
 
-# %% ../nbs/90_use/91_cli.ipynb #e058d06b
+# %% ../nbs/90_use/91_cli.ipynb #108afa77
 def _fusion_tables(data, run, out, part, cache, max_frames):
     from sirem_nb.fusion.train import evaluate_fusion
     from sirem_nb.report import write_tables
     records = evaluate_fusion(data, run, out, part, cache, max_frames)
     for f in (out/"fusion.json", out/"fusion_maps.npz", *write_tables(out, records)): print(f"wrote {f}")
 
-def _paper_tables(data, run, out, part, arms_per_frame, methods, cache, max_frames):
+def _left_out_table(data, run, out, cache, max_frames, seed):
+    from sirem_nb.fusion.left_out import left_out_study
+    from sirem_nb.fusion.train import find_runs
+    left_out_study(data, out, seed=seed, split=find_runs(run)[0]/"split.json" if run else None, cache=cache, max_frames=max_frames or 60)
+    print(f"wrote {out/'left_out.json'}")
+
+# %% ../nbs/90_use/91_cli.ipynb #a54edab2
+def _paper_tables(data, run, out, part, arms_per_frame, methods, targets, cache, max_frames):
     from sirem_nb.data.frames import find_recordings
     from sirem_nb.data.mrd import read_mrd
     from sirem_nb.fusion.tables import paper_tables
@@ -309,7 +316,8 @@ def _paper_tables(data, run, out, part, arms_per_frame, methods, cache, max_fram
     trained = {json.loads((r/"settings.json").read_text())["arms_per_frame"]: r for r in find_runs(run)} if run else {}
     A = arms_per_frame or (max(trained) if trained else read_mrd(find_recordings(data)[0].raw, on_disk=True).n_arms)
     if trained and A not in trained: raise ValueError(f"--arms-per-frame {A}: {run} has runs with {', '.join(map(str, sorted(trained)))} arms per frame")
-    kw = {} if methods is None else {"methods": tuple(m.strip() for m in methods.split(","))}
+    words = lambda text: tuple(w.strip() for w in text.split(","))
+    kw = {"targets": words(targets)} | ({} if methods is None else {"methods": words(methods)})
     records = paper_tables(data, trained.get(A), out, arms_per_frame=A, part=part, max_frames=max_frames, cache=cache, **kw)
     for f in (out/"paper_tables.json", *write_paper_tables(out, records, out/"paper_frames.npz")): print(f"wrote {f}")
 
@@ -336,6 +344,23 @@ def tune(
     records, best = baselines.tune(data, chosen, names, numbers(arms_per_frame, "--arms-per-frame"), max_frames=positive(max_frames, "--max-frames"), seed=seed, by=by)
     baselines.write_tuned(out, records, best, data=Path(data).name, subjects=chosen, seed=seed, by=by)
     print(f"wrote {out}")
+
+# %% ../nbs/90_use/91_cli.ipynb #a5af6411
+@app.command(epilog="Example: sirem bench --out bench")
+def bench(
+    out: Annotated[Path, typer.Option(help="folder: bench.json, bench.meta.json, bench.md")] = Path("out/bench"),
+    tasks: Annotated[str, typer.Option(help="gridding, cg30, wavelet100, tv100, wavelet_converged, sirem, train_epoch; default: all")] = None,
+    threads: Annotated[int, typer.Option(help="of every method")] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="a toy size, to see that it runs; its times mean nothing")] = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+):
+    "Every operator and method beside its peers: same data, same threads, each in a process of its own. Takes about ten minutes; leave the machine alone meanwhile."
+    from sirem_nb.bench import run_bench
+    one_of(device, ("auto", "cpu", "cuda"), "--device")
+    run_bench(out, [t.strip() for t in tasks.split(",")] if tasks else None, positive(threads, "--threads"), quick, seed, device)
+    print((out/"bench.md").read_text(), end="")
+    for f in ("bench.json", "bench.meta.json", "bench.md"): print(f"wrote {out/f}")
 
 # %% ../nbs/90_use/91_cli.ipynb #0e40bb2b
 weights_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Pretrained weights: what there is, and what is here.")
