@@ -213,7 +213,7 @@ def score_guess(
         out |= {"wer": Score(word_error_rate(data.pairs[i].word, recogniser(wave, MEL.rate))), "wer_ref": Score(word_error_rate(data.pairs[i].word, recogniser(ref, MEL.rate)))}
     return out
 
-# %% ../../nbs/70_translate/78_folds.ipynb #046d7446
+# %% ../../nbs/70_translate/78_folds.ipynb #294c546a
 def evaluate_folds(
     out,           # what leave_one_out wrote
     data,          # the same data
@@ -232,12 +232,10 @@ def evaluate_folds(
         number = {p.name: i for i, p in enumerate(films.pairs)}
         guesses = {r["row"]: {number[p["recording"]]: torch.tensor(p["mel"]) for p in r["predictions"]}}
         if (key := (r["seed"], r["fold"])) not in done: guesses |= controls_of(films, r["fold"], s); done.add(key)
-        for row, of in guesses.items():
-            for i, mel in of.items():
-                common = {"table": "translate", "kind": s.kind, "method": row, "seed": r["seed"], "subject": r["subject"], "recording": films.pairs[i].name, "word": films.pairs[i].word}
-                if mel is not None: records += speech_records(score_guess(mel, films, i, waves, recogniser), **common)
-    records = table_means(records) + records
-    write_json(Path(out)/"translate.json", records)
+        for row, i, mel in ((row, i, mel) for row, of in guesses.items() for i, mel in of.items() if mel is not None):
+            common = {"table": "translate", "kind": s.kind, "method": row, "seed": r["seed"], "subject": r["subject"], "recording": films.pairs[i].name, "word": films.pairs[i].word}
+            records += speech_records(score_guess(mel, films, i, waves, recogniser), **common)
+    write_json(Path(out)/"translate.json", records := table_means(records) + records)
     return records
 
 # %% ../../nbs/70_translate/78_folds.ipynb #8b9ed949
@@ -308,7 +306,7 @@ def translate_table(
 # %% ../../nbs/70_translate/78_folds.ipynb #165cfac3
 SMOKE = dict(matrix=64, n_crops=20, epochs=16, n_train=16, batch_size=4, lr_lips=1e-3, audio_steps=200)
 
-# %% ../../nbs/70_translate/78_folds.ipynb #3850d87c
+# %% ../../nbs/70_translate/78_folds.ipynb #a804be10
 def ablation_table(
     data, out,      # folder; folder of the results
     kind="tagged",
@@ -319,9 +317,7 @@ def ablation_table(
 ):                  # records of evaluate_folds; out/translate.json, translate.md, translate.meta.json
     "Every row and every control by one command; stopped and started again as leave_one_out."
     begun, given = time.perf_counter(), {**(SMOKE if smoke else {}), "kind": kind, **settings}
-    s = make_settings(**given)
-    films = prepare_pairs(data, s, cache)
-    n = len(films.subjects)
+    films = prepare_pairs(data, s := make_settings(**given), cache); n = len(films.subjects)
     folds = folds if folds is not None or not smoke else sorted({round(i*(n - 1)/2) for i in range(3)})
     seeds = seeds if seeds is not None else (0,) if smoke else (0, 1, 2)
     mine = films if map is ablation_table.__defaults__[5] else data
@@ -329,7 +325,7 @@ def ablation_table(
     records = evaluate_folds(out, films, cache, waves)
     note = f"{'SMOKE RUN, not the papers numbers: ' if smoke else ''}{kind}, {s.matrix} x {s.matrix} pixels, {len(seeds)} seed(s), {len(chosen_folds(folds, n))} fold(s), {s.n_train or n - 1} training speakers, {s.epochs} epochs"
     meta = {"note": note, "smoke": smoke, "settings": asdict(s), "seeds": list(seeds), "seconds": round(time.perf_counter() - begun, 1), "threads": torch.get_num_threads(),
-            "device": str(device), "torch": torch.__version__, "verdict": translate_verdict(records)}
+            "device": str(device), "torch": torch.__version__, "verdict": translate_verdict(records, rows_of(kind, rows)[0])}
     write_json(Path(out)/"translate.meta.json", meta)
     with replacing(Path(out)/"translate.md") as tmp: Path(tmp).write_text(translate_table(records, note) + "\n" + "\n".join(meta["verdict"]) + "\n")
     return records

@@ -8,8 +8,9 @@ __all__ = ['LOSS_OF', 'ROWS', 'toy_utterance', 'toy_pairs', 'cache_folder', 'fit
            'networks_of', 'game_loss', 'rows_of', 'LipGame', 'train_audio', 'new_game', 'new_optimizer', 'run_settings',
            'choose_split', 'val_score', 'train_translator', 'keep_going', 'load_translator']
 
-# %% ../../nbs/70_translate/77_train.ipynb #3ca9d49f
+# %% ../../nbs/70_translate/77_train.ipynb #9bce06d8
 import hashlib, json, os
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from .disentangle import pairwise_kl
 from .lip2audspec import AudioAutoencoder, Lip2AudSpec, Lip2AudSpecConfig, audspec_loss
 from .mel import MEL, crops, mel_spectrogram
 
-# %% ../../nbs/70_translate/77_train.ipynb #604ed6d4
+# %% ../../nbs/70_translate/77_train.ipynb #25dd0f00
 def toy_utterance(
     subject,    # 0, 1, ...
     up,         # the word: the spot goes up, or down
@@ -49,7 +50,7 @@ def toy_utterance(
     loud = np.sin(np.pi*np.clip((s - late - .05)/.85, 0, 1))
     return np.float32(frames), np.float32(.2*loud*sum(np.sin(k*phase)/k for k in (1, 2, 3)))
 
-
+# %% ../../nbs/70_translate/77_train.ipynb #8196b21b
 def toy_pairs(
     root,          # folder to write into
     n_subjects=6,  # every second one says "down"
@@ -143,7 +144,7 @@ def make_settings(
         if getattr(s, name) < 1: raise ValueError(f"{name} = {getattr(s, name)}: expected at least 1")
     return s
 
-# %% ../../nbs/70_translate/77_train.ipynb #ee1b3cd6
+# %% ../../nbs/70_translate/77_train.ipynb #f756b427
 @dataclass
 class Films:
     "A data set in memory, ready for training."
@@ -162,9 +163,11 @@ class Films:
     def words(self): return torch.tensor([sorted({p.word for p in self.pairs}).index(p.word) for p in self.pairs])
     @property
     def middle(self): return self.mels[:, self.mels.shape[1]//2].float()      # (rec, 64, 64): what a prediction is judged by
+    @property
+    def common_notes(self): return dict(Counter(n for notes in self.notes.values() for n in notes))   # sentence -> in how many recordings
     def of(self, subjects): return torch.tensor([i for i, p in enumerate(self.pairs) if p.subject in set(subjects)], dtype=torch.long)
 
-
+# %% ../../nbs/70_translate/77_train.ipynb #7c6691d3
 def prepare_pairs(
     data,        # folder, list of MoviePair, or Films (handed back)
     settings=TranslateSettings(),
@@ -210,7 +213,7 @@ class FilmLoader:
             yield {"frames": d.films[i], "target": d.target[i] if self.mean_target else real, "real": real,
                    "word": self.words[i], "eps": torch.randn(len(i), *self.noise, generator=g)}
 
-# %% ../../nbs/70_translate/77_train.ipynb #d6d9f65b
+# %% ../../nbs/70_translate/77_train.ipynb #e25ee3f6
 class Game(nn.Module, Pretrained):
     "A translator and its discriminator."
     def __init__(self,
@@ -231,7 +234,7 @@ class Game(nn.Module, Pretrained):
             fool = translator_loss(self.discriminator(mel))
         return {"rec": rec, "kl": kl, "fool": fool, "dis": dis, "total": rec + self.beta*kl + self.lam*fool}
 
-
+# %% ../../nbs/70_translate/77_train.ipynb #49546983
 def network_of(name):   # of a parameter of Game
     "Which of the three networks a parameter belongs to."
     return "attention" if name.startswith("translator.attention.") else name.split(".")[0]
@@ -356,7 +359,7 @@ def val_score(
         return {"score": -m["l1"], "val_l1": m["l1"], **({"val_corr2d": m["corr2d"]} if np.isfinite(m["corr2d"]) else {})}
     return score
 
-# %% ../../nbs/70_translate/77_train.ipynb #51f8bff0
+# %% ../../nbs/70_translate/77_train.ipynb #126c2fb4
 def train_translator(
     data, out,     # folder (or list of MoviePair, or Films); folder of the run
     row="ours",    # a name in ROWS
@@ -375,11 +378,11 @@ def train_translator(
     words = sorted({data.pairs[i].word for i in train.tolist()})
     if run.main:
         write_json(out/"split.json", split)
-        write_json(out/"settings.json", {**asdict(s), "row": row, "start": start, "start_s": data.start_s, "words": words, "n_train": len(train), "n_val": len(val), "notes": data.notes})
+        write_json(out/"settings.json", {**asdict(s), "row": row, "start": start, "start_s": data.start_s, "words": words, "n_train": len(train), "n_val": len(val), "notes": data.common_notes})
     keep_going(run, FilmLoader(data, train, s.batch_size, s.seed, s.mean_target), val_score(data, val), progress)
     return load_translator(out, device)
 
-# %% ../../nbs/70_translate/77_train.ipynb #833ce7a2
+# %% ../../nbs/70_translate/77_train.ipynb #878e817c
 def keep_going(run, loader, val_fn=None, progress=None, save=True):
     "Train the epochs that are left; the state is on disk after each. Without validation the last weights are kept."
     epochs = run.settings["epochs"]
@@ -394,7 +397,7 @@ def keep_going(run, loader, val_fn=None, progress=None, save=True):
                 write_json(run.out/"curves.json", meta)
     run.model.eval()
 
-
+# %% ../../nbs/70_translate/77_train.ipynb #075fb025
 def load_translator(
     folder,        # a run of train_translator, its best/, or a checkpoint
     device="cpu",
