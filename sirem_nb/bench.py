@@ -316,18 +316,27 @@ def bench_md(records, meta):
     if meta["gpu"]: lines.append(f"\nGPU: {meta['gpu']}.")
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/90_use/94_bench.ipynb #22c36c2c
+# %% ../nbs/90_use/94_bench.ipynb #b7c07a09
 def _facts(threads, seed, quick):
     "What the numbers depend on."
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((l.split(":")[1].strip() for l in lines if l.startswith("model name")), platform.processor() or platform.machine())
     versions = {p: importlib.metadata.version(p) for p in ("torch", "numpy", "scipy")} | peers.peers()
     return {"command": f"sirem bench --threads {threads} --seed {seed}" + (" --quick" if quick else ""), "date": datetime.date.today().isoformat(), "seed": seed, "quick": quick,
-            "threads": threads, "cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions, "lam": LAM, "not_installed": {}, "failed": {}, "gpu": ""}
+            "threads": threads, "cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions, "lam": LAM, "not_installed": {}, "failed": {}, "gpu": "", "complete": False}
 
+# %% ../nbs/90_use/94_bench.ipynb #cd549357
+def _write(out, records, meta):
+    "bench.json, bench.meta.json and bench.md, from what was measured so far."
+    records = with_ratios(merge_rounds(records))
+    write_json(Path(out) / "bench.json", records)
+    write_json(Path(out) / "bench.meta.json", meta)
+    with replacing(Path(out) / "bench.md") as path: path.write_text(bench_md(records, meta))
+    return records
 
-def _do_all(folder, todo, meta, limit_s):
-    "Every job, with what was absent or failed noted in meta."
+# %% ../nbs/90_use/94_bench.ipynb #8c5d0852
+def _do_all(folder, todo, meta, limit_s, after=lambda records: None):
+    "Every job, with what was absent or failed noted in meta; after(records) is called when one is done."
     out = []
     for job in tqdm(todo, desc="bench", unit="job", disable=None):
         try:
@@ -335,9 +344,10 @@ def _do_all(folder, todo, meta, limit_s):
             out += in_own_process(folder, job, limit_s)
         except ModuleNotFoundError as e: meta["not_installed"][job["method"]] = str(e).split(": ")[-1]
         except RuntimeError as e: meta["failed"][" ".join(str(job[k]) for k in ("task", "method", "regulariser", "device") if k in job)] = str(e)[:300]
+        after(out)
     return out
 
-# %% ../nbs/90_use/94_bench.ipynb #c527d65b
+# %% ../nbs/90_use/94_bench.ipynb #054fb25c
 def run_bench(
     out,           # folder for bench.json, bench.meta.json, bench.md
     tasks=None,    # some of TASKS; None: all
@@ -347,7 +357,7 @@ def run_bench(
     device="cpu",  # "cpu", "cuda", or "auto": the CPU, and the GPU where there is one
     data=None,     # keep the recording here, and use it again; None: a temporary folder
 ):                 # flat records
-    "Every task beside its peers. Peers that are not installed are named in the meta file and have no record. Raises ValueError."
+    "Every task beside its peers; the files grow with each job. Absent peers are named in the meta file and have no record. Raises ValueError."
     _check(tasks, device)
     meta = _facts(threads, seed, quick)
     meta["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "not run, no CUDA device here"
@@ -357,11 +367,9 @@ def run_bench(
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(data or tmp)
         if not (folder / "frames.npz").exists(): _make_data(folder, seed, quick)
-        records = with_ratios(merge_rounds(_do_all(folder, todo + again, meta, 120 if quick else 300)))
-    write_json(Path(out) / "bench.json", records)
-    write_json(Path(out) / "bench.meta.json", meta)
-    with replacing(Path(out) / "bench.md") as path: path.write_text(bench_md(records, meta))
-    return records
+        records = _do_all(folder, todo + again, meta, 120 if quick else 300, lambda records: _write(out, records, meta))
+    meta["complete"] = True
+    return _write(out, records, meta)
 
 # %% ../nbs/90_use/94_bench.ipynb #8e6a8775
 def _check(tasks, device):

@@ -87,7 +87,7 @@ def gridding_matrix(
     matrix = scipy.sparse.coo_matrix((val, (row, col)), shape=(len(k), gy * gx)).tocsr()
     return matrix, (gy, gx), ty[:, None] * tx[None, :]
 
-# %% ../../nbs/10_kspace/12_nufft.ipynb #b28b8527
+# %% ../../nbs/10_kspace/12_nufft.ipynb #8f636b21
 def _torch_csr(m, device):
     "A scipy matrix as a torch CSR tensor with 32-bit indices (the fast path on a CPU)."
     m = m.tocsr()
@@ -103,7 +103,7 @@ def _multiply(matrix, x):
     flat = torch.view_as_real(x.T.contiguous()).reshape(x.shape[1], -1)
     return torch.view_as_complex((matrix @ flat).reshape(-1, x.shape[0], 2))
 
-
+# %% ../../nbs/10_kspace/12_nufft.ipynb #020559ff
 def _pad_fft(x, dim, g):
     "Put one axis into the middle of g zeros, and transform it."
     n = x.shape[dim]
@@ -240,10 +240,9 @@ def _batched(x, shape_in, shape_out, flat_in, op, there, back):
     out = [_Apply.apply(piece, there, back) for piece in flat.split(op._op.chunk)] if len(flat) else [flat.new_zeros(0, *shape_out)]
     return (out[0] if len(out) == 1 else torch.cat(out)).reshape(*batch, *shape_out)
 
-# %% ../../nbs/10_kspace/12_nufft.ipynb #513e34e5
+# %% ../../nbs/10_kspace/12_nufft.ipynb #8007a9f4
 class Nufft:
     "The non-uniform Fourier transform of pictures, orthonormal over the picture's grid, and its exact adjoint."
-
     def __init__(
         self,
         ktraj,           # (..., 2) cycles/pixel: kx, ky
@@ -256,7 +255,7 @@ class Nufft:
         self.samples, self.n_points = tuple(self.ktraj.shape[:-1]), self.ktraj[..., 0].numel()
         self.device, self.backend = torch.device(device or self.ktraj.device), backends()[0] if backend == "auto" else backend
         self._op = _make_backend(self.backend, self.ktraj, self.im_size, self.device, eps)
-        self.chunk = self._op.chunk  # pictures that are best handled together
+    chunk = property(lambda self: self._op.chunk, doc="pictures that are best handled together")
 
     def forward(self, image):
         "What the scanner measures of a picture: (..., ny, nx) -> (..., *ktraj.shape[:-1]) complex64."
