@@ -36,10 +36,10 @@ bench: venv
 STUDY := out/study
 studies: venv
 	$(BIN)/sirem simulate $(STUDY)/data --speakers 16 --recordings 2 --seconds 8 --seed 7
-	for a in 13 6 4 2 1; do $(BIN)/sirem train fusion $(STUDY)/data --out $(STUDY)/runs/$$a-arms --arms-per-frame $$a --per-epoch 800 --cache $(STUDY)/cache || exit 1; done
-	for a in 13 4 2; do $(BIN)/sirem evaluate $(STUDY)/data --tables paper --run $(STUDY)/runs --arms-per-frame $$a --methods gridding,temporal-tv --targets truth --max-frames 300 --cache $(STUDY)/cache --out $(STUDY)/classic/$$a-arms || exit 1; done
-	$(BIN)/sirem evaluate $(STUDY)/data --tables fusion --run $(STUDY)/runs --cache $(STUDY)/cache --max-frames 100 --out $(STUDY)/few_arms
-	$(BIN)/sirem evaluate $(STUDY)/data --tables paper --run $(STUDY)/runs --arms-per-frame 13 --max-frames 60 --cache $(STUDY)/cache --out $(STUDY)/tables
+	for a in 13 6 4 3 2 1; do $(BIN)/sirem train fusion $(STUDY)/data --out $(STUDY)/runs/$$a-arms --arms-per-frame $$a --per-epoch 800 --cache $(STUDY)/cache || exit 1; done
+	$(BIN)/sirem evaluate $(STUDY)/data --tables paper --run $(STUDY)/runs --arms-per-frame 2 --methods gridding,temporal-tv --targets truth --max-frames 300 --cache $(STUDY)/cache --out $(STUDY)/classic
+	$(BIN)/sirem evaluate $(STUDY)/data --tables fusion --run $(STUDY)/runs --cache $(STUDY)/cache --max-frames 60 --out $(STUDY)/few_arms
+	$(BIN)/sirem evaluate $(STUDY)/data --tables paper --run $(STUDY)/runs --arms-per-frame 13 --max-frames 40 --cache $(STUDY)/cache --out $(STUDY)/tables
 	$(BIN)/sirem evaluate $(STUDY)/data --tables left-out --run $(STUDY)/runs --cache $(STUDY)/cache --out $(STUDY)/left_out
 
 export: venv
