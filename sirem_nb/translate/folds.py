@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['CONTROLS', 'BETTER', 'SMOKE', 'Stack', 'StackLoader', 'training_of', 'fit_folds', 'fold_file', 'fold_record',
-           'run_folds', 'chosen_folds', 'leave_one_out', 'measure_folds_per_hour', 'controls_of', 'score_guess',
-           'evaluate_folds', 'table_means', 'beats', 'translate_verdict', 'translate_table', 'ablation_table']
+           'run_folds', 'chosen_folds', 'leave_one_out', 'measure_folds_per_hour', 'guesses_of', 'controls_of',
+           'score_guess', 'evaluate_folds', 'table_means', 'beats', 'translate_verdict', 'translate_table',
+           'score_translator', 'ablation_table']
 
-# %% ../../nbs/70_translate/78_folds.ipynb #5823d405
-import copy, json, re, time
+# %% ../../nbs/70_translate/78_folds.ipynb #36615b4d
+import builtins, copy, json, re, time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from tqdm import tqdm
 
+from ..data.frames import read_split
 from ..data.mrd import replacing, write_json
 from ..evaluate.speech import Score, mel_scores, pesq_score, speech_missing, speech_records, stoi_score, word_error_rate
 from ..learning.training import Run, epoch_seed
@@ -25,7 +27,7 @@ from .attention import moving_share
 from .cine_translator import CineTranslator
 from .disentangle import word_use
 from .mel import MEL, to_wave
-from .train import ROWS, FilmLoader, cache_folder, game_loss, keep_going, make_settings, new_game, new_optimizer, prepare_pairs, rows_of, run_settings, toy_pairs
+from .train import ROWS, FilmLoader, TranslateSettings, cache_folder, game_loss, keep_going, load_translator, make_settings, new_game, new_optimizer, prepare_pairs, rows_of, run_settings, toy_pairs
 
 # %% ../../nbs/70_translate/78_folds.ipynb #9f95b9c3
 class Stack(nn.Module):
@@ -105,7 +107,7 @@ def fold_record(data, fold, game, s):
     guesses = [{"recording": data.pairs[i].name, "word": data.pairs[i].word, "mel": [[round(v, 4) for v in r] for r in m.tolist()]} for i, m in zip(test.tolist(), out["mel"])]
     return {**about, "train": sorted({data.pairs[i].subject for i in learn.tolist()}), "predictions": guesses}
 
-# %% ../../nbs/70_translate/78_folds.ipynb #8dfe2c25
+# %% ../../nbs/70_translate/78_folds.ipynb #fe141aa8
 def run_folds(
     job,   # dict: data, out, row, folds, seed, cache, device, settings
 ):         # list of Path: the files that are there now
@@ -118,7 +120,7 @@ def run_folds(
         if json.loads(p.read_text())["settings"] != want: raise ValueError(f"{p} was made with other settings: choose another folder, or delete it")
     todo, begun = [f for f, p in path.items() if not p.exists()], time.perf_counter()
     if todo:
-        for f, (game, curve, start) in zip(todo, fit_folds(data, todo, job["row"], s, out, job["device"])):
+        for f, (game, curve, start) in zip(todo, fit_folds(data, todo, job["row"], s, out/"folds", job["device"])):
             about = {"row": job["row"], "seed": job["seed"], "fold": f, "subject": data.subjects[f], "settings": want, "together": len(todo), "start": start}
             write_json(path[f], {**about, "seconds": round((time.perf_counter() - begun)/len(todo), 2), "curve": curve, **fold_record(data, f, game, s)})
     return list(path.values())
@@ -136,7 +138,7 @@ def chosen_folds(
     if not folds or min(folds) < 0 or max(folds) >= n: raise ValueError(f"folds {folds}: expected numbers from 0 to {n - 1}, one for each speaker")
     return folds
 
-# %% ../../nbs/70_translate/78_folds.ipynb #a7e75f89
+# %% ../../nbs/70_translate/78_folds.ipynb #8c4cca2d
 def leave_one_out(
     data, out,        # folder (list of MoviePair, or Films); folder of the results
     rows=None,        # names in ROWS, or a string with commas; None: all of the kind
@@ -154,7 +156,7 @@ def leave_one_out(
     if len(films.subjects) < 3: raise ValueError(f"{len(films.subjects)} speakers: leave-one-out needs at least 3")
     numbers = chosen_folds(folds, len(films.subjects))
     parts = lambda row: [numbers[i:i + n] for n in [1 if row == "lip2audspec" else together] for i in range(0, len(numbers), n)]
-    source = films if map is leave_one_out.__defaults__[6] else data       # other processes read the cache themselves
+    source = films if map is builtins.map else data       # other processes read the cache themselves
     jobs = [{"data": source, "out": str(out), "row": row, "folds": f, "seed": seed, "cache": cache, "device": device, "settings": settings} for seed in seeds for row in rows for f in parts(row)]
     hide = None if progress is None else not progress
     return [p for paths in tqdm(map(run_folds, jobs), total=len(jobs), desc="folds", disable=hide) for p in paths]
@@ -176,25 +178,28 @@ def measure_folds_per_hour(
         found[name] = round(3600*len(folds)/(time.perf_counter() - begun), 1)
     return {**found, "n": len(folds), "row": row, "device": str(device), "threads": torch.get_num_threads(), "settings": asdict(s)}
 
-# %% ../../nbs/70_translate/78_folds.ipynb #c7391353
+# %% ../../nbs/70_translate/78_folds.ipynb #c00602fd
 CONTROLS = {"mean-spectrogram": "mean of all training recordings", "mean-of-word": "mean of the training recordings of the right word",
             "other-speaker": "the right word from another speaker", "true-mel": "the true spectrogram itself: what the way back to sound costs"}
 
 
-def controls_of(
-    data, fold,  # Films; number of the speaker who is left out
-    s,           # TranslateSettings; its seed draws the other speaker
-):               # {row: {recording number: (64, 64) or None}}
+def guesses_of(
+    data,         # Films
+    learn, test,  # (n,), (m,) recordings to guess from, and to guess
+    seed=0,       # draws the other speaker
+):                # {row: {recording number: (64, 64)}}; a row without a guess (a word nobody else said) leaves it out
     "What can be guessed without looking at the film."
-    learn, test = training_of(data, fold, s)
-    g, words, out = np.random.default_rng([78, s.seed, fold]), data.words, {k: {} for k in CONTROLS}
+    g, words, out = np.random.default_rng([78, seed, *test.tolist()]), data.words, {k: {} for k in CONTROLS}
     for i in test.tolist():
-        same = learn[words[learn] == words[i]]
-        out["mean-spectrogram"][i] = data.target[learn].mean(0)
-        out["mean-of-word"][i] = data.target[same].mean(0) if len(same) else None
-        out["other-speaker"][i] = data.middle[same[int(g.integers(len(same)))]] if len(same) else None
-        out["true-mel"][i] = data.middle[i]
+        out["mean-spectrogram"][i], out["true-mel"][i] = data.target[learn].mean(0), data.middle[i]
+        if not len(same := learn[words[learn] == words[i]]): continue
+        out["mean-of-word"][i], out["other-speaker"][i] = data.target[same].mean(0), data.middle[same[int(g.integers(len(same)))]]
     return out
+
+
+def controls_of(data, fold, s):
+    "The guesses for one fold."
+    return guesses_of(data, *training_of(data, fold, s), s.seed)
 
 # %% ../../nbs/70_translate/78_folds.ipynb #d75d6729
 def score_guess(
@@ -213,7 +218,7 @@ def score_guess(
         out |= {"wer": Score(word_error_rate(data.pairs[i].word, recogniser(wave, MEL.rate))), "wer_ref": Score(word_error_rate(data.pairs[i].word, recogniser(ref, MEL.rate)))}
     return out
 
-# %% ../../nbs/70_translate/78_folds.ipynb #294c546a
+# %% ../../nbs/70_translate/78_folds.ipynb #4f7ca968
 def evaluate_folds(
     out,           # what leave_one_out wrote
     data,          # the same data
@@ -232,7 +237,7 @@ def evaluate_folds(
         number = {p.name: i for i, p in enumerate(films.pairs)}
         guesses = {r["row"]: {number[p["recording"]]: torch.tensor(p["mel"]) for p in r["predictions"]}}
         if (key := (r["seed"], r["fold"])) not in done: guesses |= controls_of(films, r["fold"], s); done.add(key)
-        for row, i, mel in ((row, i, mel) for row, of in guesses.items() for i, mel in of.items() if mel is not None):
+        for row, i, mel in ((row, i, mel) for row, of in guesses.items() for i, mel in of.items()):
             common = {"table": "translate", "kind": s.kind, "method": row, "seed": r["seed"], "subject": r["subject"], "recording": films.pairs[i].name, "word": films.pairs[i].word}
             records += speech_records(score_guess(mel, films, i, waves, recogniser), **common)
     write_json(Path(out)/"translate.json", records := table_means(records) + records)
@@ -303,10 +308,33 @@ def translate_table(
     head = ["| method | " + " | ".join(map(arrow, metrics)) + " |", "|---|" + "---|"*len(metrics)]
     return "\n".join(([note, ""] if note else []) + head + [f"| {m} | " + " | ".join(cell(get(m, k)) for k in metrics) + " |" for m in methods]) + "\n"
 
-# %% ../../nbs/70_translate/78_folds.ipynb #165cfac3
-SMOKE = dict(matrix=64, n_crops=20, epochs=16, n_train=16, batch_size=4, lr_lips=1e-3, audio_steps=200)
+# %% ../../nbs/70_translate/78_folds.ipynb #f5514671
+@torch.no_grad()
+def score_translator(
+    data,            # the run's data
+    folder,          # what train_translator wrote, or a checkpoint with its settings.json and split.json
+    out=None,        # folder for translate.json; None: write nothing
+    part="test",     # part of the run's split
+    cache=None, waves=True, recogniser=None,
+):                   # list of flat records
+    "One trained translator on speakers of its split that it was not trained on, beside the controls."
+    folder = Path(folder)
+    facts, split = json.loads((folder/"settings.json").read_text()), read_split(folder/"split.json")
+    s = make_settings(**{k: v for k, v in facts.items() if k in {f.name for f in fields(TranslateSettings)} and k != "n_train"})
+    films, model = prepare_pairs(data, s, cache), load_translator(folder)
+    learn, test = films.of(split["train"]), films.of(split[part])
+    if not len(test) or not len(learn): raise ValueError(f"no recording of the {part} speakers of {folder/'split.json'} in the data: evaluate on the run's own data")
+    guesses, records = {facts["row"]: dict(zip(test.tolist(), model(films.films[test])["mel"])), **guesses_of(films, learn, test, s.seed)}, []
+    for row, i, mel in ((row, i, mel) for row, of in guesses.items() for i, mel in of.items()):
+        common = {"table": "translate", "kind": s.kind, "method": row, "seed": s.seed, "subject": films.pairs[i].subject, "recording": films.pairs[i].name, "word": films.pairs[i].word}
+        records += speech_records(score_guess(mel, films, i, waves, recogniser), **common)
+    if out is not None: write_json(Path(out)/"translate.json", table_means(records) + records)
+    return table_means(records) + records
 
-# %% ../../nbs/70_translate/78_folds.ipynb #a804be10
+# %% ../../nbs/70_translate/78_folds.ipynb #552e39a4
+SMOKE = dict(matrix=64, n_crops=20, epochs=12, n_train=12, batch_size=2, lr=3e-3, lr_attention=3e-3, lr_lips=1e-3, audio_steps=200)
+
+# %% ../../nbs/70_translate/78_folds.ipynb #300c8673
 def ablation_table(
     data, out,      # folder; folder of the results
     kind="tagged",
@@ -320,7 +348,7 @@ def ablation_table(
     films = prepare_pairs(data, s := make_settings(**given), cache); n = len(films.subjects)
     folds = folds if folds is not None or not smoke else sorted({round(i*(n - 1)/2) for i in range(3)})
     seeds = seeds if seeds is not None else (0,) if smoke else (0, 1, 2)
-    mine = films if map is ablation_table.__defaults__[5] else data
+    mine = films if map is builtins.map else data
     leave_one_out(mine, out, rows, seeds, folds, together, device, cache, map, progress, **given)
     records = evaluate_folds(out, films, cache, waves)
     note = f"{'SMOKE RUN, not the papers numbers: ' if smoke else ''}{kind}, {s.matrix} x {s.matrix} pixels, {len(seeds)} seed(s), {len(chosen_folds(folds, n))} fold(s), {s.n_train or n - 1} training speakers, {s.epochs} epochs"

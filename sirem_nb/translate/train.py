@@ -8,7 +8,7 @@ __all__ = ['LOSS_OF', 'ROWS', 'toy_utterance', 'toy_pairs', 'cache_folder', 'fit
            'networks_of', 'game_loss', 'rows_of', 'LipGame', 'train_audio', 'new_game', 'new_optimizer', 'run_settings',
            'choose_split', 'val_score', 'train_translator', 'keep_going', 'load_translator']
 
-# %% ../../nbs/70_translate/77_train.ipynb #9bce06d8
+# %% ../../nbs/70_translate/77_train.ipynb #4ca34640
 import hashlib, json, os
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
@@ -25,7 +25,7 @@ from ..data.mrd import replacing, write_json
 from ..data.movies import find_pairs, read_pair
 from ..evaluate.speech import mel_scores
 from ..learning.checkpoint import Pretrained, read_config
-from ..learning.training import Run, epoch_seed, run_epoch, save_state
+from ..learning.training import Run, epoch_seed, run_epoch, save_state, wait
 from .adversary import Discriminator, discriminator_loss, translator_loss
 from .cine_translator import CineTranslator, TranslatorConfig, recon_loss
 from .disentangle import pairwise_kl
@@ -382,7 +382,7 @@ def train_translator(
     keep_going(run, FilmLoader(data, train, s.batch_size, s.seed, s.mean_target), val_score(data, val), progress)
     return load_translator(out, device)
 
-# %% ../../nbs/70_translate/77_train.ipynb #878e817c
+# %% ../../nbs/70_translate/77_train.ipynb #4f710e89
 def keep_going(run, loader, val_fn=None, progress=None, save=True):
     "Train the epochs that are left; the state is on disk after each. Without validation the last weights are kept."
     epochs = run.settings["epochs"]
@@ -395,6 +395,7 @@ def keep_going(run, loader, val_fn=None, progress=None, save=True):
                 if val_fn is None: run.model.save_pretrained(run.out/"best")
                 save_state(run.out/"last.safetensors", run.model, run.optimizer, meta)
                 write_json(run.out/"curves.json", meta)
+            wait()
     run.model.eval()
 
 # %% ../../nbs/70_translate/77_train.ipynb #075fb025

@@ -67,7 +67,7 @@ def mel_picture(
     ax.set(xlabel="time / s", ylabel="frequency / Hz", title=title); ax.set_yticks([a + .5 for a in at], ["250", "500", "1000", "2000", "4000"])
     with replacing(path) as tmp, open(tmp, "wb") as f: fig.savefig(f, format="png")
 
-# %% ../../nbs/70_translate/79_use.ipynb #98ce45bc
+# %% ../../nbs/70_translate/79_use.ipynb #bfbd386e
 def read_film(movie, fps):   # path, or (frame, y, x) -> frames, fps, pixel_mm
     "A film from a file, or frames as they are."
     if not isinstance(movie, (str, Path)): return movie, fps, None
@@ -77,8 +77,9 @@ def read_film(movie, fps):   # path, or (frame, y, x) -> frames, fps, pixel_mm
 def check_request(out, method):
     if out.suffix.lower() != ".wav": raise ValueError(f"{out}: the sound is written as .wav; give a name that ends so")
     if method not in METHODS: raise ValueError(f"no method {method!r}: expected one of {', '.join(METHODS)}")
+    return out
 
-# %% ../../nbs/70_translate/79_use.ipynb #3aec69fc
+# %% ../../nbs/70_translate/79_use.ipynb #794f4638
 def translate(
     movie,                 # .h5, .npy, .mp4, .avi, DICOM file or folder; or frames (frame, y, x)
     checkpoint,            # what train_translator wrote, or a checkpoint's folder
@@ -88,8 +89,7 @@ def translate(
     method="griffin-lim", device="cpu", seed=0,   # way back to sound, see notebook 71
 ):                         # dict: what the .json says
     "A film to a sound. Raises FileNotFoundError, ValueError (one line: what was found, what was expected)."
-    out, begun = Path(out), time.perf_counter()
-    check_request(out, method)
+    out, begun = check_request(Path(out), method), time.perf_counter()
     model, facts, name = load_translator(checkpoint, device), run_facts(checkpoint), str(movie) if isinstance(movie, (str, Path)) else "frames"
     frames, fps, pixel = read_film(movie, fps)
     try: mel, settings, notes, start = film_to_mel(frames, fps, model, pixel, hop, facts.get("start_s", 0.))
@@ -101,6 +101,6 @@ def translate(
     mel_picture(out.with_suffix(".png"), mel, settings, out.stem)
     times = {"seconds_to_mel": round(painted - begun, 3), "seconds_to_wave": round(time.perf_counter() - painted, 3)}
     about = {"movie": name, "checkpoint": str(checkpoint), "kind": facts.get("kind"), "words": facts.get("words"), "notes": notes, "windows_start_s": start.tolist(),
-             "frames": len(frames), "fps": fps, "seconds": round(len(wave)/settings.rate, 4), "rate": settings.rate, "method": method, "seed": seed, **times, "mel": [[round(v, 4) for v in r] for r in mel.tolist()]}
+             "frames": len(frames), "fps": fps, "seconds": round(len(wave)/settings.rate, 6), "rate": settings.rate, "method": method, "seed": seed, **times, "mel": [[round(v, 4) for v in r] for r in mel.tolist()]}
     write_json(out.with_suffix(".json"), about)
     return about
