@@ -240,6 +240,7 @@ def test_the_verdict_knows_noise_from_gain():
     assert F.beats(better, "ours", "mean-of-word")[0] == pytest.approx(.0925) and "ours beats mean-of-word" in F.translate_verdict(better)[0]
     worse = fake("ours", [.3, .31, .3, .32]) + fake("mean-of-word", [.2, .2, .21, .19])
     assert "loses to" in F.translate_verdict(worse)[0] and "learned the word and not the speech" in F.translate_verdict(worse)[-1]
+    assert "not even the word" in F.translate_verdict(worse + fake("mean-spectrogram", [.25, .26, .25, .25]))[-1]
     noise = fake("ours", [.1, .3, .1, .3]) + fake("mean-of-word", [.2, .2, .21, .19])
     assert "cannot be told apart" in F.translate_verdict(noise)[0]
 
@@ -286,3 +287,14 @@ def test_long_films_are_joined(run):
 def test_what_is_not_a_film_is_refused(run, tmp_path, frames, fps, message):
     with pytest.raises(ValueError, match=message): translate(frames, run[0], tmp_path/"x.wav", fps=fps)
     assert not (tmp_path/"x.wav").exists()
+
+
+# ---------------------------------------------------------------- what is shipped
+@pytest.mark.parametrize("kind", ["cine", "tagged"])
+def test_shipped_checkpoints_work(kind, tmp_path):
+    from pathlib import Path
+    folder = Path(__file__).resolve().parents[1]/"checkpoints"/f"translate-{kind}"
+    model = T.load_translator(folder)
+    assert model.config.attention == (kind == "tagged") and .6e6 < sum(p.numel() for p in model.parameters()) < .75e6
+    about = translate(torch.rand(26, 64, 64, generator=torch.Generator().manual_seed(0)), folder, tmp_path/"x.wav", fps=26)
+    assert about["kind"] == kind and about["words"] == ["ageese", "asouk"] and not set(json.loads((folder/"split.json").read_text())["test"]) & set(json.loads((folder/"split.json").read_text())["train"])
