@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'train_app', 'Seed', 'Device', 'Workers', 'Raw', 'Data', 'RECON_METHODS', 'weights_app', 'numbers', 'positive',
-           'one_of', 'pick_device', 'main', 'simulate', 'info', 'write_film', 'recon', 'fusion', 'evaluate', 'tune',
-           'bench', 'weights_list', 'weights_fetch', 'weights_from_file', 'demo']
+           'one_of', 'pick_device', 'main', 'simulate', 'info', 'write_film', 'recon', 'fusion', 'translate',
+           'translate_movie', 'evaluate', 'tune', 'bench', 'weights_list', 'weights_fetch', 'weights_from_file', 'demo']
 
 # %% ../nbs/90_use/91_cli.ipynb #bb61ae2b
 import json, sys, time
@@ -80,7 +80,7 @@ def main(
     print("sirem: " + " ".join(message.split()), file=sys.stderr)
     return 2
 
-# %% ../nbs/90_use/91_cli.ipynb #a9e1e96d
+# %% ../nbs/90_use/91_cli.ipynb #6c800ae8
 @app.command(epilog='Example: sirem simulate data --speakers 4 --words "asouk,ageese,bite" --seed 1')
 def simulate(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the data set")], speakers: Annotated[int, typer.Option(help="virtual speakers")] = 4,
@@ -97,17 +97,28 @@ def simulate(
     snr: Annotated[float, typer.Option(help="mean head signal over noise in a fully sampled picture")] = 20.0,
     off_resonance: Annotated[float, typer.Option(help="off-resonance at the borders of air, Hz")] = None,
     scanner_noise: Annotated[float, typer.Option(help="noise of the scanner in the sound, dB relative to the speech")] = None,
+    cine: Annotated[bool, typer.Option("--cine", help="26 frames of one word each instead of raw data, as the translators want them")] = False,
+    tagged: Annotated[bool, typer.Option("--tagged", help="the same with a tag grid; with --cine both")] = False,
     workers: Workers = None, seed: Seed = 0,
 ):
-    "Raw k-space, sound and truth: of virtual speakers, or of a real movie (--video)."
+    "Raw k-space, sound and truth: of virtual speakers, or of a real movie (--video); or cine and tagged movies with sound."
     _simulate(**locals())
 
-# %% ../nbs/90_use/91_cli.ipynb #2b09dabb
+# %% ../nbs/90_use/91_cli.ipynb #c316e01e
 def _simulate(**given):
     "Check what was asked for, simulate it, and say what was written."
     for k in ("speakers", "seconds", "recordings", "arms", "samples", "matrix", "coils", "snr", "workers"): positive(given[k], f"--{k}")
     if given["out"].exists() and not given["out"].is_dir(): raise ValueError(f"{given['out']}: is a file; a folder was expected")
+    if given["cine"] or given["tagged"]: return _simulate_cine(**given)
     for r in (_simulate_video if given["video"] else _simulate_speakers)(**given): print(f"wrote {r.raw}")
+
+def _simulate_cine(out, video, speakers, words, recordings, workers, seed, cine, tagged, **_):
+    "Two words as in the papers, two thirds of the speakers the first; more words: everybody all of them."
+    from sirem_nb.speaker.cine import simulate_cine
+    if video: raise ValueError("--video makes raw data: --cine and --tagged go with virtual speakers")
+    said, first = [w.strip() for w in (words or "asouk,ageese").split(",")], round(speakers*43/63)
+    kind = dict(words=said, counts=(first, speakers - first)) if len(said) == 2 else dict(open_vocabulary=said)
+    for p in simulate_cine(out, speakers, tagged="both" if cine and tagged else tagged, recordings=recordings, seed=seed, n_workers=workers, progress=True, **kind): print(f"wrote {p.movie}")
 
 # %% ../nbs/90_use/91_cli.ipynb #bf571d8e
 def _protocol(arms, samples, matrix):
@@ -270,6 +281,41 @@ def _train_fusion(data, out, arms_per_frame, split, resume, cache, device, encod
     train_fusion(data, out, positive(arms_per_frame, "--arms-per-frame"), split, resume, cache, pick_device(device),
                  encoder_path=str(encoder_path) if encoder_path else None, **settings)
     print(f"wrote {out/'best'}")
+
+# %% ../nbs/90_use/91_cli.ipynb #1c23e6f7
+@train_app.command(epilog="Example: sirem train translate movies --kind tagged --out run")
+def translate(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="pairs of movies and sounds, see sirem simulate --cine")],
+    out: Annotated[Path, typer.Option(help="folder of the run: best/, curves.json, settings.json, split.json")],
+    kind: Annotated[str, typer.Option(help="cine or tagged")] = "cine",
+    row: Annotated[str, typer.Option(help="ours, no-attention, no-disentangling, no-gan, plain or lip2audspec")] = "ours",
+    matrix: Annotated[int, typer.Option(help="pixels across: 128, 64 or 32")] = 128,
+    epochs: Annotated[int, typer.Option(help="default: that of the settings")] = None,
+    split: Annotated[Path, typer.Option(help="a .json with train, val, test: lists of subjects; default: drawn by --seed")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on where a stopped run was")] = False,
+    device: Device = "auto", seed: Seed = 0,
+):
+    "Train a translator from movies to spectrograms."
+    from sirem_nb.translate.train import rows_of, train_translator
+    one_of(kind, ("cine", "tagged"), "--kind"); one_of(matrix, (128, 64, 32), "--matrix"); one_of(row, rows_of(kind, None), "--row")
+    settings = dict(kind=kind, matrix=matrix, seed=seed) | ({} if epochs is None else {"epochs": positive(epochs, "--epochs")})
+    train_translator(data, out, row, split, resume, pick_device(device), **settings)
+    print(f"wrote {out/'best'}")
+
+# %% ../nbs/90_use/91_cli.ipynb #d51922ed
+@app.command("translate", epilog="Example: sirem translate MOVIE --checkpoint checkpoints/translate-cine --out x.wav")
+def translate_movie(
+    movie: Annotated[Path, typer.Argument(metavar="MOVIE", help="h5, npy, mp4, avi, or DICOM")],
+    checkpoint: Annotated[Path, typer.Option(help="what sirem train translate wrote, or a folder in checkpoints/")],
+    out: Annotated[Path, typer.Option(help="the .wav; a picture of the spectrogram and a .json lie beside it")],
+    fps: Annotated[float, typer.Option(help="frames a second, where the file does not say")] = None,
+    device: Device = "auto", seed: Seed = 0,
+):
+    "A movie of any length to a spectrogram and a sound."
+    from sirem_nb.translate.use import translate as run
+    found = run(movie, checkpoint, out, fps=positive(fps, "--fps"), device=pick_device(device), seed=seed)
+    for note in found.get("notes", []): print(f"sirem: note: {note}", file=sys.stderr)
+    for f in (out, out.with_suffix(".png"), out.with_suffix(".json")): print(f"wrote {f}")
 
 # %% ../nbs/90_use/91_cli.ipynb #66cc0ba8
 @app.command(epilog="Example: sirem evaluate data --run run --out tables")

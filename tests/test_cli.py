@@ -7,7 +7,7 @@ from sirem_nb.data.mrd import read_recon
 from sirem_nb.data.sync import read_movie, write_movie
 
 SIREM = Path(sys.executable).parent/"sirem"
-COMMANDS = [["simulate"], ["info"], ["recon"], ["tune"], ["train", "fusion"], ["evaluate"], ["bench"], ["weights", "list"], ["weights", "fetch"], ["weights", "from-file"], ["demo"]]
+COMMANDS = [["simulate"], ["info"], ["recon"], ["tune"], ["train", "fusion"], ["train", "translate"], ["translate"], ["evaluate"], ["bench"], ["weights", "list"], ["weights", "fetch"], ["weights", "from-file"], ["demo"]]
 
 
 def run(*argv, **kw): return subprocess.run([SIREM, *map(str, argv)], capture_output=True, text=True, **kw)
@@ -177,6 +177,14 @@ def test_recon_with_the_demos_checkpoint(demo, tmp_path, capsys):
     assert a.shape == b.shape and torch.isfinite(b).all()
     assert main(["recon", str(raw), "--out", str(tmp_path/"x"), "--method", "sirem", "--checkpoint", str(demo[0]/"runs"/"2-arms"), "--arms-per-frame", "13"]) == 2
     assert "2 arms per frame" in capsys.readouterr().err
+
+
+def test_a_cine_movie_is_simulated_and_translated(tmp_path, root):
+    assert main(["simulate", str(tmp_path/"d"), "--cine", "--speakers", "2", "--words", "asouk,ageese", "--workers", "1"]) == 0
+    movie = next(p for p in (tmp_path/"d").glob("sub001/cine/*.h5") if "truth" not in p.name)
+    assert main(["translate", str(movie), "--checkpoint", str(root/"checkpoints"/"translate-cine"), "--out", str(tmp_path/"x.wav")]) == 0
+    wave, rate = soundfile.read(tmp_path/"x.wav")
+    assert rate == 22050 and len(wave) > 0.8*rate and np.isfinite(wave).all() and (tmp_path/"x.png").exists() and (tmp_path/"x.json").exists()
 
 
 def test_same_seed_same_data(tmp_path):
