@@ -172,7 +172,8 @@ def test_two_processes_train_one_model(toy, data, tmp_path):
         total = torch.stack([p.double().sum() for p in model.parameters()]).sum()
         both = [torch.zeros_like(total) for _ in range(2)]; dist.all_gather(both, total)
         assert dist.get_world_size() == 2 and both[0] == both[1]
-        if state.is_main_process: print("SAME")
+        if state.is_main_process: print("SAME", flush=True)
+        dist.barrier()
         dist.destroy_process_group()
     """))
     r = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)], capture_output=True, text=True, timeout=240)
