@@ -12,11 +12,13 @@ export MPLBACKEND ?= Agg
 
 .PHONY: venv demo test book pytest bench studies readme docs export clean-nb
 
+# Its last line lets numba compile once, alone: two processes that fill numba's cache at the same moment can leave it broken.
 venv: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "setuptools" "wheel"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
+	$(BIN)/python -c "import numpy as np; from sirem_nb.evaluate.speech import formant_track, pitch_track; from sirem_nb.translate.mel import MEL, mel_spectrogram, to_wave; w = np.sin(np.arange(MEL.n_samples)/20).astype('f'); formant_track(w, MEL.rate), pitch_track(w, MEL.rate), to_wave(mel_spectrogram(w))"
 	@touch $@
 
 demo: venv

@@ -1,8 +1,11 @@
 """What several test files share: the repository's root, and the folder of real recordings where there is one."""
 from pathlib import Path
-import os, pytest
+import os, tempfile, pytest
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Each pytest process compiles numba's functions into a folder of its own: a cache that two processes fill at once is not safe.
+numba_cache = tempfile.TemporaryDirectory(prefix="sirem_numba_")
+os.environ["NUMBA_CACHE_DIR"] = numba_cache.name
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent/"shared"/"data"
 
