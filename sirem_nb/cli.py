@@ -152,13 +152,13 @@ def info(
         if k != "trouble": print(f"{k:18}", "–" if v is None else f"{v:.5g}" if isinstance(v, float) else v)
     for t in found["trouble"] or ["none found"]: print(f"{'trouble':18}", t)
 
-# %% ../nbs/90_use/91_cli.ipynb #4de24242
+# %% ../nbs/90_use/91_cli.ipynb #e6eef999
 RECON_METHODS = ("gridding", "cg-sense", "wavelet", "tv", "temporal-tv", "low-rank-sparse", "sirem")
 
 def _settings(method, arms, lam, iterations, tuned_file):
     "The settings of a classical method: those that were tuned, where no option says otherwise."
     from sirem_nb.kspace.temporal import tuned
-    s = tuned(method, arms, tuned_file) if tuned_file else tuned(method, arms)
+    s = tuned(method, arms, tuned_file)
     for key, value, option in (("lam", lam, "--lam"), ("n_iter", iterations, "--iterations")):
         if value is not None and key not in s: raise ValueError(f"{option} does not go with {method}, which has {', '.join(s) or 'no settings'}: use --tuned")
         if value is not None: s[key] = value

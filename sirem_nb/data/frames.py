@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['TRANSIENT_ACQ', 'NAME', 'PARTS', 'frame_groups', 'n_transient', 'drops_transient', 'Frames', 'cut_frames',
-           'frame_blocks', 'weights_and_maps', 'Recording', 'recording_of', 'find_recordings', 'check_split',
-           'split_subjects', 'write_split', 'read_split', 'part_of', 'FrameDataset']
+           'frame_plan', 'frame_blocks', 'weights_and_maps', 'Recording', 'recording_of', 'find_recordings',
+           'check_split', 'split_subjects', 'write_split', 'read_split', 'part_of', 'FrameDataset']
 
 # %% ../../nbs/20_data/25_frames.ipynb #6134f27a
 import json, re
@@ -61,7 +61,7 @@ class Frames:
 
     def __len__(self): return len(self.kspace)
 
-# %% ../../nbs/20_data/25_frames.ipynb #12fb1a32
+# %% ../../nbs/20_data/25_frames.ipynb #34cc8a13
 def cut_frames(
     scan,                   # a Scan
     arms_per_frame=None,    # None: a full rotation
@@ -70,6 +70,20 @@ def cut_frames(
     "Cut a scan into frames of any number of arms."
     return next(frame_blocks(scan, arms_per_frame, drop_transient))
 
+def frame_plan(
+    scan,                   # a Scan, in memory or on disk
+    arms_per_frame=None,    # None: a full rotation
+    drop_transient="auto",  # see drops_transient
+):                          # groups (frame, arm): acquisitions, centre_s (frame,), transient (frame,) bool
+    "Which acquisitions make which frame, and when."
+    A = scan.n_arms if arms_per_frame is None else arms_per_frame
+    groups = frame_groups(scan.n_acq, scan.arm, A)
+    first = groups.min(dim=1).values
+    transient = first < n_transient(scan)
+    keep = ~transient if drops_transient(scan, drop_transient) and not transient.all() else torch.ones_like(transient)
+    return groups[keep], (first[keep].double() + A/2) * scan.tr_s, transient[keep]
+
+# %% ../../nbs/20_data/25_frames.ipynb #375197b1
 def frame_blocks(
     scan,                   # a Scan, in memory or on disk
     arms_per_frame=None,    # None: a full rotation
@@ -77,13 +91,9 @@ def frame_blocks(
     size=None,              # frames in a block; None: all in one
 ):                          # yields Frames
     "The frames of a scan, block after block: the memory of one block is enough for a scan of any length."
-    A = scan.n_arms if arms_per_frame is None else arms_per_frame
-    groups = frame_groups(scan.n_acq, scan.arm, A)
-    first = groups.min(dim=1).values
-    transient = first < n_transient(scan)
-    keep = ~transient if drops_transient(scan, drop_transient) and not transient.all() else torch.ones_like(transient)
-    for g, n, t in zip(*(x[keep].split(size or len(keep)) for x in (groups, first, transient))):
-        yield Frames(scan.kspace[g].transpose(1, 2).contiguous(), scan.arm[g], (n.double() + A/2) * scan.tr_s, t)
+    plan = frame_plan(scan, arms_per_frame, drop_transient)
+    for g, c, t in zip(*(x.split(size or len(x)) for x in plan)):
+        yield Frames(scan.kspace[g].transpose(1, 2).contiguous(), scan.arm[g], c, t)
 
 # %% ../../nbs/20_data/25_frames.ipynb #a41d2b62
 def weights_and_maps(

@@ -4,7 +4,7 @@
 __all__ = ['TEMPORAL', 'CANDIDATES', 'SCORES', 'FrameSamples', 'Ready', 'ready', 'steady_scale', 'solve_frames', 'run_baseline',
            'references', 'score_film', 'tuning_frames', 'best_settings', 'tune', 'write_tuned']
 
-# %% ../../nbs/60_fusion/68_baselines.ipynb #10bca313
+# %% ../../nbs/60_fusion/68_baselines.ipynb #b40d8bfe
 import json
 import time
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import h5py
 import torch
 
-from ..data.frames import drops_transient, find_recordings, frame_groups, n_transient, weights_and_maps
+from ..data.frames import find_recordings, frame_plan, weights_and_maps
 from ..data.mrd import Scan, read_mrd, write_json
 from ..data.sync import nearest_reference
 from ..evaluate.image import best_scale, psnr, ssim
@@ -40,7 +40,7 @@ class Ready:
     dcf: torch.Tensor        # (arm, sample)
     smaps: torch.Tensor      # (coil, y, x)
 
-# %% ../../nbs/60_fusion/68_baselines.ipynb #e2cbb673
+# %% ../../nbs/60_fusion/68_baselines.ipynb #090ce2f3
 def ready(
     recording,              # a Recording, a Scan (in memory or on disk), or a raw file
     arms_per_frame=None,    # None: a full rotation
@@ -49,11 +49,9 @@ def ready(
 ):                          # Ready
     "Frames, density weights and coil maps of a recording."
     scan = recording if isinstance(recording, Scan) else read_mrd(getattr(recording, "raw", recording))
-    groups = frame_groups(scan.n_acq, scan.arm, arms_per_frame or scan.n_arms)
-    transient = groups.min(1).values < n_transient(scan)
-    if drops_transient(scan, drop_transient) and not transient.all(): groups, transient = groups[~transient], transient[~transient]
+    groups, centre_s, transient = frame_plan(scan, arms_per_frame, drop_transient)
     dcf, smaps = weights_and_maps(scan)
-    return Ready(scan, FrameSamples(scan, groups, device), scan.arm[groups], (groups.double().mean(1) + 0.5) * scan.tr_s, transient, dcf.to(device), smaps.to(device))
+    return Ready(scan, FrameSamples(scan, groups, device), scan.arm[groups], centre_s, transient, dcf.to(device), smaps.to(device))
 
 
 def steady_scale(r, weights, n=26):

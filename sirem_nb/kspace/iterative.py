@@ -304,7 +304,7 @@ class Problem:
         real = lambda a: torch.view_as_real(a).double()
         return (real(x) * (0.5 * real(Nx) - real(self.b[frames]))).flatten(1).sum(1) + self.energy[frames]
 
-# %% ../../nbs/10_kspace/16_iterative.ipynb #721fb149
+# %% ../../nbs/10_kspace/16_iterative.ipynb #d8e219ef
 def sense_problem(
     kspace,        # (frame, coil, arm, sample) complex
     ktraj,         # (arm, sample, 2) cycles/pixel
@@ -313,19 +313,22 @@ def sense_problem(
     weights=None,  # (arm, sample) weights of the data term; None: all ones
 ):                 # Problem
     "N, b = A^H W y and the data's energy, for all frames."
-    kspace, ktraj, smaps, arm, weights = _inputs(kspace, ktraj, smaps, arm, weights)
+    inputs = _inputs(kspace, ktraj, smaps, arm, weights)
+    return Problem(SenseNormal(*inputs[1:]), *_right_side(*inputs))
+
+def _right_side(kspace, ktraj, smaps, arm, weights):
+    "b = A^H W y and the data's energy, for checked inputs."
     b = kspace.new_zeros(len(kspace), *smaps.shape[1:])
     energy = torch.zeros(len(kspace), dtype=torch.float64, device=kspace.device)
     for n, arms, op in _by_arms(arm, ktraj, smaps.shape[1:], kspace.device):
         weighted = kspace[n] if weights is None else kspace[n] * weights[arms]
         b[n] = (op.adjoint(weighted) * smaps.conj()).sum(1)
         energy[n] = 0.5 * (torch.view_as_real(kspace[n]) * torch.view_as_real(weighted)).double().flatten(1).sum(1)
-    return Problem(SenseNormal(ktraj, smaps, arm, weights), b, energy)
-
+    return b, energy
 
 def lam_scale(kspace, ktraj, smaps, arm=None, weights=None):
     "The largest |A^H W y| of these frames: stored prices are relative to it, lam = relative * lam_scale(...)."
-    return float(sense_problem(kspace, ktraj, smaps, arm, weights).b.abs().max())
+    return float(_right_side(*_inputs(kspace, ktraj, smaps, arm, weights))[0].abs().max())
 
 # %% ../../nbs/10_kspace/16_iterative.ipynb #724a9770
 def _cg(N, b, x, n_iter, tol=None, seen=None):

@@ -3,16 +3,13 @@
 # %% auto #0
 __all__ = ['RATE', 'SAMPLES', 'OPEN_WORDS', 'KINDS', 'hurry', 'metronome', 'frame_times', 'spectrum', 'image_of', 'magnitude',
            'again', 'brothers', 'segmented', 'cine', 'spamm_profile', 'spamm', 'fading', 'where_it_was', 'laid_down',
-           'tagged_head', 'tagged', 'came_from', 'CineSettings', 'cine_truth', 'stem_of', 'film', 'casting', 'film_all',
+           'tagged_head', 'tagged', 'came_from', 'CineSettings', 'cine_truth', 'stem_of', 'film', 'casting',
            'plan_cine', 'simulate_cine']
 
-# %% ../../nbs/30_speaker/37_cine.ipynb #5521b8bc
+# %% ../../nbs/30_speaker/37_cine.ipynb #e61bc330
 import copy
 import math
-import multiprocessing
-import os
 import re
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,13 +17,12 @@ import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 
 from ..data.movies import MoviePair, pair_of
 from ..data.mrd import replacing, write_recon
 from .anatomy import HALF, SIDE, X, Y, ernst, moving_parts, thin_plate
 from .articulators import area_function
-from .corpus import VirtualSpeaker, _one_thread, _same_plan, virtual_speaker, voice_of, write_truth
+from .corpus import VirtualSpeaker, _run, _same_plan, virtual_speaker, voice_of, write_truth
 from .scanner import head_signal
 from .utterances import Utterance, _words, pronounce, timing, utter
 
@@ -344,18 +340,7 @@ def casting(
     said = [w for w, n in zip(words, np.diff(edges, prepend=0)) for _ in range(n)]
     return [(s, said[i]) for s, i in enumerate(np.random.default_rng([38, seed]).permutation(n_speakers))]
 
-# %% ../../nbs/30_speaker/37_cine.ipynb #bc8c9087
-def film_all(jobs, n_workers, progress):
-    "Make the recordings, in this process or in several."
-    bar = tqdm(total=len(jobs), desc="movies", disable=not progress)
-    if n_workers == 1 or len(jobs) < 2:
-        for job in jobs: film(*job); bar.update()
-    else:
-        with ProcessPoolExecutor(min(n_workers, len(jobs)), multiprocessing.get_context("spawn"), _one_thread) as pool:
-            for done in [pool.submit(film, *job) for job in jobs]: done.result(); bar.update()
-    bar.close()
-
-
+# %% ../../nbs/30_speaker/37_cine.ipynb #41b1efd2
 KINDS = {False: ("cine",), True: ("tagged",), "both": ("cine", "tagged")}
 
 
@@ -369,7 +354,7 @@ def plan_cine(out, n_speakers, words, counts, open_vocabulary, words_each, recor
     _same_plan(Path(out) / "cine.json", {"seed": seed, "recordings": recordings, **said, "settings": asdict(settings), "speakers": [asdict(p) for p in people]})
     return people, cast
 
-# %% ../../nbs/30_speaker/37_cine.ipynb #a2e0c136
+# %% ../../nbs/30_speaker/37_cine.ipynb #418b5006
 def simulate_cine(
     out,                       # folder of the data set
     n_speakers=63,
@@ -391,5 +376,5 @@ def simulate_cine(
     people, cast = plan_cine(out, n_speakers, words, counts, open_vocabulary, words_each, recordings, seed, c)
     jobs = [(people[s], w, Path(out), r + 1, 1000 * i + r, kinds, c) for i, (s, w) in enumerate(cast) for r in range(recordings)]
     made = lambda job, kind: (p := stem_of(out, job[0].name, job[1], job[3], kind)).with_name(p.name + ".h5")
-    film_all([j for j in jobs if not all(made(j, k).is_file() for k in kinds)], n_workers or min(8, os.cpu_count()), progress)
+    _run(film, [j for j in jobs if not all(made(j, k).is_file() for k in kinds)], n_workers, progress, "movies")
     return [pair_of(made(j, k).with_suffix(".wav")) for k in kinds for j in jobs]

@@ -209,20 +209,20 @@ def record(
     write_mrd(files.raw, scan)
     return recording_of(files.raw)
 
-# %% ../../nbs/30_speaker/36_corpus.ipynb #1eb894e5
+# %% ../../nbs/30_speaker/36_corpus.ipynb #696f7aa5
 def _one_thread():
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def _run(jobs, n_workers, progress):
-    "Make the recordings, in this process or in several."
-    bar = tqdm(total=len(jobs), desc="recordings", disable=not progress)
+def _run(make, jobs, n_workers, progress, desc):
+    "make(*job) for every job, in this process or in several; n_workers None: one a core, at most 8."
+    bar, n_workers = tqdm(total=len(jobs), desc=desc, disable=not progress), n_workers or min(8, os.cpu_count())
     if n_workers == 1 or len(jobs) < 2:
-        for job in jobs: record(*job); bar.update()
+        for job in jobs: make(*job); bar.update()
     else:
         with ProcessPoolExecutor(min(n_workers, len(jobs)), multiprocessing.get_context("spawn"), _one_thread) as pool:
-            for done in [pool.submit(record, *job) for job in jobs]: done.result(); bar.update()
+            for done in [pool.submit(make, *job) for job in jobs]: done.result(); bar.update()
     bar.close()
 
 
@@ -234,7 +234,7 @@ def _same_plan(path, plan):
     if other: raise ValueError(f"{path} was made with other settings ({', '.join(other)}); choose another folder, or delete this one")
     if len(plan["speakers"]) >= len(old["speakers"]): write_json(path, plan)
 
-# %% ../../nbs/30_speaker/36_corpus.ipynb #b68d8a38
+# %% ../../nbs/30_speaker/36_corpus.ipynb #0bbe6957
 def simulate_corpus(
     out,               # folder of the data set
     n_speakers=4,
@@ -257,5 +257,5 @@ def simulate_corpus(
     said = words[0] if len(words) == 1 else "words"
     jobs = [(p, recording_paths(out, p.name, f"{r + 1:02d}", said), r, c, protocol) for p in people for r in range(recordings)]
     whole = lambda f: f.raw.is_file() and f.audio.is_file() and f.truth.is_file() and (f.video.is_file() or not c.video)
-    _run([j for j in jobs if not whole(j[1])], n_workers or min(8, os.cpu_count()), progress)
+    _run(record, [j for j in jobs if not whole(j[1])], n_workers, progress, "recordings")
     return [recording_of(f.raw) for _, f, *_ in jobs]

@@ -8,7 +8,7 @@ __all__ = ['CONTROLS', 'BETTER', 'SMOKE', 'Stack', 'StackLoader', 'training_of',
            'score_guess', 'evaluate_folds', 'table_means', 'beats', 'translate_verdict', 'translate_table',
            'score_translator', 'ablation_table']
 
-# %% ../../nbs/70_translate/78_folds.ipynb #36615b4d
+# %% ../../nbs/70_translate/78_folds.ipynb #d5baaa46
 import builtins, copy, json, re, time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -22,12 +22,12 @@ from tqdm import tqdm
 from ..data.frames import read_split
 from ..data.mrd import replacing, write_json
 from ..evaluate.speech import Score, mel_scores, pesq_score, speech_missing, speech_records, stoi_score, word_error_rate
-from ..learning.training import Run, epoch_seed
+from ..learning.training import Run, cache_folder, epoch_seed
 from .attention import moving_share
 from .cine_translator import CineTranslator
 from .disentangle import word_use
 from .mel import MEL, to_wave
-from .train import ROWS, FilmLoader, TranslateSettings, cache_folder, game_loss, keep_going, load_translator, make_settings, new_game, new_optimizer, prepare_pairs, rows_of, run_settings, toy_pairs
+from .train import ROWS, FilmLoader, TranslateSettings, game_loss, keep_going, load_translator, make_settings, new_game, new_optimizer, prepare_pairs, rows_of, run_settings, toy_pairs
 
 # %% ../../nbs/70_translate/78_folds.ipynb #9f95b9c3
 class Stack(nn.Module):
@@ -161,7 +161,7 @@ def leave_one_out(
     hide = None if progress is None else not progress
     return [p for paths in tqdm(map(run_folds, jobs), total=len(jobs), desc="folds", disable=hide) for p in paths]
 
-# %% ../../nbs/70_translate/78_folds.ipynb #a8863b96
+# %% ../../nbs/70_translate/78_folds.ipynb #438ccf46
 def measure_folds_per_hour(
     data,          # folder, list of MoviePair, or Films
     n=4,           # folds
@@ -174,7 +174,7 @@ def measure_folds_per_hour(
     folds = list(range(min(n, len(data.subjects))))
     for name, groups in {"one_by_one": [[f] for f in folds], "together": [folds]}.items():
         begun = time.perf_counter()
-        for g in groups: fit_folds(data, g, row, s, cache_folder(cache)/"measured", device)
+        for g in groups: fit_folds(data, g, row, s, cache_folder("translate", cache)/"measured", device)
         found[name] = round(3600*len(folds)/(time.perf_counter() - begun), 1)
     return {**found, "n": len(folds), "row": row, "device": str(device), "threads": torch.get_num_threads(), "settings": asdict(s)}
 
