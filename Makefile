@@ -6,7 +6,7 @@
 # make readme / make docs / make clean-nb: for those who write notebooks (CONTRIBUTING.md)
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := fast,evaluation,moonshine,download,dicom,cluster,notebook,dev,peers
+EXTRAS := fast,evaluation,moonshine,usc75,dicom,cluster,notebook,dev,peers
 export OMP_NUM_THREADS ?= 2
 export MPLBACKEND ?= Agg
 

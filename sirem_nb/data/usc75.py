@@ -63,13 +63,13 @@ class Member:
     @property
     def name(self): return PurePosixPath(self.path).name
 
-# %% ../../nbs/20_data/23_usc75.ipynb #f8e61028
+# %% ../../nbs/20_data/23_usc75.ipynb #4dee8e9e
 def read_index(
     url=ARCHIVE,
 ):              # list of Member: every file in the archive
     "The directory at the end of a zip file on a server. Raises ValueError (no such zip, or a server that sends only the whole), OSError (network)."
     try: import remotezip, requests
-    except ImportError: raise ModuleNotFoundError("reading out of the archive needs remotezip: pip install 'sirem-nb[download]'") from None
+    except ImportError: raise ModuleNotFoundError("reading out of the archive needs remotezip: pip install 'sirem-nb[usc75]'") from None
     try:
         with remotezip.RemoteZip(url, initial_buffer_size=2**21, timeout=60) as z:
             return [Member(i.filename, i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type) for i in z.infolist() if not i.is_dir()]

@@ -10,7 +10,7 @@ __all__ = ['VERSION', 'toy_corpus', 'fingerprint', 'stored', 'stored_pictures', 
            'all_rows', 'score_rows', 'label_rows', 'error_maps', 'add_maps', 'mean_records', 'find_runs', 'load_run',
            'evaluate_fusion', 'score_checkpoints']
 
-# %% ../../nbs/60_fusion/66_train.ipynb #8128697e
+# %% ../../nbs/60_fusion/66_train.ipynb #459ca537
 import ctypes, hashlib, json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 import soundfile
 import torch
 
+from ..data.annot16 import annotation_of, read_labels
 from ..data.frames import Recording, check_split, find_recordings, n_transient, part_of, read_split, split_subjects
 from ..data.mrd import read_mrd, read_recon, replacing, write_json, write_mrd
 from ..data.sync import nearest_reference, read_audio
@@ -94,7 +95,7 @@ def stored_pictures(
         write_json(facts, {**plain, "n_transient": n_transient(s)})
     return np.load(path, mmap_mode="r"), json.loads(facts.read_text())
 
-# %% ../../nbs/60_fusion/66_train.ipynb #6650b949
+# %% ../../nbs/60_fusion/66_train.ipynb #2e5830bc
 def read_reference(
     recording,  # a Recording
     target,     # "truth", "recon", "gridding", or "auto": truth, else recon
@@ -109,7 +110,7 @@ def read_reference(
             labels = torch.from_numpy(f["labels"][:]) if "labels" in f else None
             names = {k: int(v) for k, v in json.loads(f["labels"].attrs["names"]).items()} if "labels" in f else {}
             frames, times = torch.from_numpy(f["frames"][:]).half(), torch.from_numpy(f["frame_times_s"][:])
-    elif kind == "recon" and r.recon: (frames, times, _), labels, names = read_recon(r.recon), None, {}
+    elif kind == "recon" and r.recon: (frames, times, _), (labels, names) = (found := read_recon(r.recon)), read_labels(annotation_of(r.raw), found[1])
     elif kind == "gridding":
         full = torch.arange(len(pictures) // facts["n_arms"] * facts["n_arms"]).view(-1, facts["n_arms"])
         frames, labels, names = torch.stack([torch.from_numpy(pictures[g.numpy()].sum(0)).abs() for g in full]), None, {}
