@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Peaks', 'EdmConfig', 'precondition', 'denoise', 'loss_weight', 'edm_loss', 'draw_sigma', 'measure_sigma_data',
-           'GaussianData', 'gaussian_flow', 'gaussian_given']
+           'GaussianData', 'gaussian_flow', 'gaussian_given', 'as_network']
 
 # %% ../../nbs/80_diffusion/81_noise.ipynb #dbf52bbb
 import math
@@ -163,3 +163,15 @@ def gaussian_given(
     gain = torch.linalg.solve(data.cov[:d, :d] + sigma**2*torch.eye(d).to(data.cov), data.cov[:d, d:]).T
     mean = data.mean[k:] + (gain @ (frames - data.mean[:k]).flatten()).reshape(data.mean[k:].shape)
     return GaussianData(mean, data.cov[d:, d:] - gain @ data.cov[:d, d:])
+
+# %% ../../nbs/80_diffusion/81_noise.ipynb #770d3ee4
+def as_network(
+    denoiser,  # denoiser(x, sigma (batch, time), **conditions) -> like x
+    cfg,       # EdmConfig
+):             # net(c_in x, c_noise, **conditions) -> like x
+    "The network F for which denoise(F, x, sigma, cfg) is this denoiser."
+    def net(x, c_noise, **conditions):
+        sigma = (4*c_noise).exp()
+        c_skip, c_out, c_in, _ = precondition(sigma, cfg.sigma_data, cfg.sigma_min)
+        return (denoiser(x/c_in, sigma, **conditions) - c_skip*x/c_in)/c_out
+    return net
