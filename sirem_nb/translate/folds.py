@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['CONTROLS', 'BETTER', 'SMOKE', 'Stack', 'StackLoader', 'training_of', 'fit_folds', 'fold_file', 'fold_record',
-           'run_folds', 'chosen_folds', 'leave_one_out', 'measure_folds_per_hour', 'guesses_of', 'controls_of',
-           'score_guess', 'evaluate_folds', 'table_means', 'beats', 'translate_verdict', 'translate_table',
-           'score_translator', 'ablation_table']
+           'run_folds', 'chosen_folds', 'leave_one_out', 'folds_map', 'measure_folds_per_hour', 'guesses_of',
+           'controls_of', 'score_guess', 'judged', 'table_means', 'beats', 'translate_verdict', 'translate_table',
+           'spectrogram_figure', 'write_translate', 'read_folds', 'folds_note', 'evaluate_folds', 'score_translator',
+           'machine_facts', 'ablation_table']
 
-# %% ../../nbs/70_translate/78_folds.ipynb #d5baaa46
-import builtins, copy, json, re, time
+# %% ../../nbs/70_translate/78_folds.ipynb #0980a9bc
+import builtins, copy, json, logging, os, platform, re, time
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from tqdm import tqdm
@@ -27,7 +30,7 @@ from .attention import moving_share
 from .cine_translator import CineTranslator
 from .disentangle import word_use
 from .mel import MEL, to_wave
-from .train import ROWS, FilmLoader, TranslateSettings, game_loss, keep_going, load_translator, make_settings, new_game, new_optimizer, prepare_pairs, rows_of, run_settings, toy_pairs
+from .train import ROWS, FilmLoader, TranslateSettings, game_loss, keep_going, load_translator, make_settings, new_game, new_optimizer, prepare_pairs, rows_of, run_facts, run_settings
 
 # %% ../../nbs/70_translate/78_folds.ipynb #9f95b9c3
 class Stack(nn.Module):
@@ -107,22 +110,24 @@ def fold_record(data, fold, game, s):
     guesses = [{"recording": data.pairs[i].name, "word": data.pairs[i].word, "mel": [[round(v, 4) for v in r] for r in m.tolist()]} for i, m in zip(test.tolist(), out["mel"])]
     return {**about, "train": sorted({data.pairs[i].subject for i in learn.tolist()}), "predictions": guesses}
 
-# %% ../../nbs/70_translate/78_folds.ipynb #fe141aa8
+# %% ../../nbs/70_translate/78_folds.ipynb #93a5715b
 def run_folds(
     job,   # dict: data, out, row, folds, seed, cache, device, settings
 ):         # list of Path: the files that are there now
-    "A few folds of one row and seed, from files to files: what one machine is given. Folds that are there already are left alone."
+    "A few folds of one row and seed, from files to files: what one machine is given. Files that are there already are left alone."
     s, out = make_settings(**{**job["settings"], "seed": job["seed"]}), Path(job["out"])
     data = prepare_pairs(job["data"], s, job["cache"])
     path = {f: fold_file(out, job["row"], job["seed"], data.subjects[f]) for f in job["folds"]}
     want = {**json.loads(json.dumps(asdict(s))), "row": job["row"]}
-    for p in (p for p in path.values() if p.exists()):
-        if json.loads(p.read_text())["settings"] != want: raise ValueError(f"{p} was made with other settings: choose another folder, or delete it")
-    todo, begun = [f for f, p in path.items() if not p.exists()], time.perf_counter()
-    if todo:
-        for f, (game, curve, start) in zip(todo, fit_folds(data, todo, job["row"], s, out/"folds", job["device"])):
-            about = {"row": job["row"], "seed": job["seed"], "fold": f, "subject": data.subjects[f], "settings": want, "together": len(todo), "start": start}
-            write_json(path[f], {**about, "seconds": round((time.perf_counter() - begun)/len(todo), 2), "curve": curve, **fold_record(data, f, game, s)})
+    there = {f: json.loads(p.read_text()) for f, p in path.items() if p.exists()}
+    for f in there:
+        if {**json.loads(json.dumps(asdict(TranslateSettings()))), **there[f]["settings"]} != want: raise ValueError(f"{path[f]} was made with other settings: choose another folder, or delete it")
+    todo, begun = [f for f in path if f not in there], time.perf_counter()
+    stack = job["folds"] if {r["together"] for r in there.values()} == {len(path)} else todo      # a stack that was cut off is trained again as it was
+    for f, (game, curve, start) in zip(stack, fit_folds(data, stack, job["row"], s, out/"folds", job["device"]) if todo else []):
+        if path[f].exists(): continue
+        about = {"row": job["row"], "seed": job["seed"], "fold": f, "subject": data.subjects[f], "settings": want, "together": len(stack), "start": start}
+        write_json(path[f], {**about, "seconds": round((time.perf_counter() - begun)/len(stack), 2), "curve": curve, **fold_record(data, f, game, s)})
     return list(path.values())
 
 # %% ../../nbs/70_translate/78_folds.ipynb #0215c79e
@@ -138,7 +143,7 @@ def chosen_folds(
     if not folds or min(folds) < 0 or max(folds) >= n: raise ValueError(f"folds {folds}: expected numbers from 0 to {n - 1}, one for each speaker")
     return folds
 
-# %% ../../nbs/70_translate/78_folds.ipynb #8c4cca2d
+# %% ../../nbs/70_translate/78_folds.ipynb #cfac822b
 def leave_one_out(
     data, out,        # folder (list of MoviePair, or Films); folder of the results
     rows=None,        # names in ROWS, or a string with commas; None: all of the kind
@@ -146,7 +151,7 @@ def leave_one_out(
     folds=None,       # see chosen_folds; None: all
     together=1,       # so many folds stacked in one process (lip2audspec goes alone)
     device="cpu", cache=None,
-    map=map,          # or a pool's map, or lambda f, jobs: client.gather(client.map(f, jobs)) of dask
+    map=map,          # or a pool's map, or what folds_map gives
     progress=None,
     **settings,       # fields of TranslateSettings
 ):                    # list of Path: one JSON for each (row, fold, seed)
@@ -156,10 +161,29 @@ def leave_one_out(
     if len(films.subjects) < 3: raise ValueError(f"{len(films.subjects)} speakers: leave-one-out needs at least 3")
     numbers = chosen_folds(folds, len(films.subjects))
     parts = lambda row: [numbers[i:i + n] for n in [1 if row == "lip2audspec" else together] for i in range(0, len(numbers), n)]
-    source = films if map is builtins.map else data       # other processes read the cache themselves
-    jobs = [{"data": source, "out": str(out), "row": row, "folds": f, "seed": seed, "cache": cache, "device": device, "settings": settings} for seed in seeds for row in rows for f in parts(row)]
+    whole = lambda p: str(Path(p).resolve())
+    source = films if map is builtins.map else data if isinstance(data, list) else whole(data)       # other processes read the cache themselves
+    jobs = [{"data": source, "out": whole(out), "row": row, "folds": f, "seed": seed, "cache": cache and whole(cache), "device": device, "settings": settings} for seed in seeds for row in rows for f in parts(row)]
     hide = None if progress is None else not progress
     return [p for paths in tqdm(map(run_folds, jobs), total=len(jobs), desc="folds", disable=hide) for p in paths]
+
+# %% ../../nbs/70_translate/78_folds.ipynb #34a1aed1
+@contextmanager
+def folds_map(
+    workers=1,       # processes on this machine
+    scheduler=None,  # or the address of a dask scheduler, such as tcp://10.0.0.1:8786
+):                   # a map for leave_one_out, ablation_table
+    "This process, several of them, or a dask cluster. Raises ValueError: dask is missing, nobody answers there."
+    if not scheduler and (workers or 1) == 1: yield map; return
+    try: from dask.distributed import Client, LocalCluster
+    except ModuleNotFoundError: raise ValueError("several workers are led by dask, which is not installed: pip install 'sirem-nb[cluster]'") from None
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    try: client = Client(scheduler, timeout=20) if scheduler else Client(LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL))
+    except (OSError, TimeoutError) as e: raise ValueError(f"no dask scheduler answers at {scheduler} ({str(e).splitlines()[0][:80]}): start one with `dask scheduler`") from None
+    with client:
+        try: yield lambda f, jobs: (job.result() for job in client.map(f, list(jobs), pure=False))
+        finally:
+            if not scheduler: client.cluster.close()
 
 # %% ../../nbs/70_translate/78_folds.ipynb #438ccf46
 def measure_folds_per_hour(
@@ -201,7 +225,7 @@ def controls_of(data, fold, s):
     "The guesses for one fold."
     return guesses_of(data, *training_of(data, fold, s), s.seed)
 
-# %% ../../nbs/70_translate/78_folds.ipynb #d75d6729
+# %% ../../nbs/70_translate/78_folds.ipynb #9d6d96e8
 def score_guess(
     mel,          # (64, 64) guessed
     data, i,      # Films; number of the recording
@@ -214,34 +238,20 @@ def score_guess(
     wave, ref = to_wave(mel, method="griffin-lim-torch").numpy(), data.waves[i].numpy()
     if "pesq_wb" not in missing: out["pesq_wb"] = pesq_score(wave, ref, MEL.rate)
     if "stoi" not in missing: out |= {"stoi": stoi_score(wave, ref, MEL.rate), "estoi": stoi_score(wave, ref, MEL.rate, True)}
-    if recogniser is not None:
+    if recogniser is not None and data.pairs[i].start_s is None:         # what is said in a piece of a long movie is not known
         out |= {"wer": Score(word_error_rate(data.pairs[i].word, recogniser(wave, MEL.rate))), "wer_ref": Score(word_error_rate(data.pairs[i].word, recogniser(ref, MEL.rate)))}
     return out
 
-# %% ../../nbs/70_translate/78_folds.ipynb #4f7ca968
-def evaluate_folds(
-    out,           # what leave_one_out wrote
-    data,          # the same data
-    cache=None,
-    waves=True,    # judge the sound too: PESQ, STOI
-    recogniser=None,
-):                 # list of flat records; also in out/translate.json
-    "Every trained row and every control, recording by recording, and the means over seeds."
-    files = sorted((Path(out)/"folds").glob("*.json"))
-    if not files: raise FileNotFoundError(f"{out}: no folds in it; a folder that leave_one_out wrote was expected")
-    found, records, done, films = [json.loads(f.read_text()) for f in files], [], set(), None
-    for r in found:
-        s = make_settings(**{k: v for k, v in r["settings"].items() if k != "row"})
-        films = films or prepare_pairs(data, s, cache)
-        if films.subjects[r["fold"]] != r["subject"]: raise ValueError(f"{out} is of another data set: fold {r['fold']} is {films.subjects[r['fold']]} here and {r['subject']} there")
-        number = {p.name: i for i, p in enumerate(films.pairs)}
-        guesses = {r["row"]: {number[p["recording"]]: torch.tensor(p["mel"]) for p in r["predictions"]}}
-        if (key := (r["seed"], r["fold"])) not in done: guesses |= controls_of(films, r["fold"], s); done.add(key)
-        for row, i, mel in ((row, i, mel) for row, of in guesses.items() for i, mel in of.items()):
-            common = {"table": "translate", "kind": s.kind, "method": row, "seed": r["seed"], "subject": r["subject"], "recording": films.pairs[i].name, "word": films.pairs[i].word}
-            records += speech_records(score_guess(mel, films, i, waves, recogniser), **common)
-    write_json(Path(out)/"translate.json", records := table_means(records) + records)
-    return records
+# %% ../../nbs/70_translate/78_folds.ipynb #4c8fa0b2
+def judged(
+    data,         # Films
+    guesses,      # {row: {recording number: (64, 64)}}
+    waves, recogniser,   # see score_guess
+    **common,     # what every record says: kind, seed
+):                # flat records of the table "translate"
+    "Every guess, scored."
+    about = lambda row, i: {"table": "translate", "method": row, **common, "subject": data.pairs[i].subject, "recording": data.pairs[i].name, "word": data.pairs[i].word}
+    return [r for row, of in guesses.items() for i, mel in of.items() for r in speech_records(score_guess(mel, data, i, waves, recogniser), **about(row, i))]
 
 # %% ../../nbs/70_translate/78_folds.ipynb #8b9ed949
 def table_means(
@@ -276,7 +286,7 @@ def beats(
     if not len(gain): return float("nan"), float("nan"), float("nan")
     return float(gain.mean()), float(gain.std(ddof=1)/len(gain)**.5) if len(gain) > 1 else float("nan"), float((gain > 0).mean())
 
-# %% ../../nbs/70_translate/78_folds.ipynb #b4e6efff
+# %% ../../nbs/70_translate/78_folds.ipynb #86805aac
 def translate_verdict(
     records,     # of evaluate_folds
     row="ours",
@@ -287,10 +297,11 @@ def translate_verdict(
     for control in ("mean-spectrogram", "mean-of-word", "other-speaker"):
         gain, error, share = beats(records, row, control, metric)
         if not np.isfinite(gain): continue
-        sure = np.isfinite(error) and abs(gain) > 2*error
+        if not np.isfinite(error): lines.append(f"{row} beside {control} in {metric}: {gain:+.4f} on one recording, which decides nothing"); continue
+        sure = abs(gain) > 2*error
         word = ("beats" if gain > 0 else "loses to") if sure else "cannot be told apart from"
         lines.append(f"{row} {word} {control} in {metric}: {gain:+.4f} +- {error:.4f} (better on {100*share:.0f} % of the recordings)")
-    lost = lambda control: any("beats" not in l for l in lines if control in l)
+    lost = lambda control: any("beats" not in l for l in lines if control in l and "decides nothing" not in l)
     if lost("mean-spectrogram"): return lines + ["So it has learned the mean sound, and not even the word."]
     return lines + (["So it has learned the word and not the speech."] if lost("mean-of-word") else [])
 
@@ -309,52 +320,138 @@ def translate_table(
     head = ["| method | " + " | ".join(map(arrow, metrics)) + " |", "|---|" + "---|"*len(metrics)]
     return "\n".join(([note, ""] if note else []) + head + [f"| {m} | " + " | ".join(cell(get(m, k)) for k in metrics) + " |" for m in methods]) + "\n"
 
-# %% ../../nbs/70_translate/78_folds.ipynb #f5514671
+# %% ../../nbs/70_translate/78_folds.ipynb #f061ae4a
+def spectrogram_figure(
+    data,      # Films
+    guesses,   # {row: {recording number: (64, 64)}}
+    most=4,    # recordings to show
+):             # Figure
+    "A line for each recording: the truth, the trained rows, the mean of the word, the word from somebody else."
+    columns = {"true-mel": "true", **{r: r for r in ROWS}, "mean-of-word": "mean of the word", "other-speaker": "other speaker"}
+    columns = {k: v for k, v in columns.items() if k in guesses}
+    every = sorted(guesses["true-mel"])
+    shown = [every[round(k)] for k in np.linspace(0, len(every) - 1, min(most, len(every)))]
+    fig = Figure(figsize=(1.6*len(columns) + .5, 1.7*len(shown) + .3), dpi=90, layout="constrained")
+    axes = fig.subplots(len(shown), len(columns), squeeze=False)
+    for line, i in zip(axes, shown):
+        for ax, row in zip(line, columns):
+            ax.set(xticks=[], yticks=[])
+            if i in guesses[row]: ax.imshow(np.asarray(guesses[row][i].tolist()), origin="lower", aspect="auto", cmap="magma", vmin=0, vmax=1)
+        line[0].set_ylabel(data.pairs[i].name, fontsize=7)
+    for ax, title in zip(axes[0], columns.values()): ax.set_title(title, fontsize=8)
+    fig.supxlabel(f"time: {MEL.n_samples/MEL.rate:.2f} s each;  upwards: {MEL.n_mels} mel bands, {MEL.fmin:.0f} to {MEL.fmax:.0f} Hz", fontsize=8)
+    return fig
+
+# %% ../../nbs/70_translate/78_folds.ipynb #29d13bad
+def write_translate(
+    out,               # folder
+    data, records,     # Films; records of the table "translate"
+    guesses, note="",  # for the picture; a line above the table
+):                     # records, with their means in front
+    "out/translate.json, translate.md and translate.png."
+    records = table_means(records) + records
+    rows = [m for m in ROWS if any(r["method"] == m for r in records)]
+    lines = "\n".join(v for row in rows[:1] for v in translate_verdict(records, row))
+    write_json(Path(out)/"translate.json", records)
+    with replacing(Path(out)/"translate.md") as tmp: Path(tmp).write_text(translate_table(records, note) + "\n" + lines + "\n")
+    with replacing(Path(out)/"translate.png") as tmp, open(tmp, "wb") as f: spectrogram_figure(data, guesses).savefig(f, format="png")
+    return records
+
+# %% ../../nbs/70_translate/78_folds.ipynb #ddb92352
+def read_folds(
+    out,   # what leave_one_out wrote
+    rows=None, seeds=None, folds=None,   # only these; None: all
+):         # list of dict
+    "The files of the folds; FileNotFoundError if there is none."
+    found = [json.loads(f.read_text()) for f in sorted((Path(out)/"folds").glob("*.json"))]
+    keep = lambda r: all(want is None or r[k] in want for k, want in (("row", rows), ("seed", seeds), ("fold", folds)))
+    if not (found := [r for r in found if keep(r)]): raise FileNotFoundError(f"{out}: no folds in it; a folder that leave_one_out wrote was expected")
+    if len({json.dumps({k: v for k, v in r["settings"].items() if k not in ("row", "seed")}) for r in found}) > 1: raise ValueError(f"{out}: folds of different settings in one folder; keep one kind there")
+    return found
+
+
+def folds_note(
+    found,  # of read_folds
+    s,      # TranslateSettings
+    n,      # speakers in the data
+):          # str
+    "One line that says how much was computed, and whether it is less than the papers'."
+    seeds, folds, learn = sorted({r["seed"] for r in found}), sorted({r["fold"] for r in found}), len(found[0]["train"])
+    full = s.matrix == 128 and len(folds) == n and learn == n - 1 and len(seeds) >= 3
+    return f"{'' if full else 'SMOKE RUN, not the papers numbers: '}{s.kind}, {s.matrix} x {s.matrix} pixels, {len(seeds)} seed(s), {len(folds)} fold(s) of {n}, {learn} training speakers, {s.epochs} epochs"
+
+# %% ../../nbs/70_translate/78_folds.ipynb #685317db
+def evaluate_folds(
+    out,           # what leave_one_out wrote
+    data,          # the same data
+    cache=None,
+    waves=True,    # judge the sound too: PESQ, STOI
+    recogniser=None,
+    to=None,       # folder for translate.json, .md, .png; None: the same
+    **only,        # rows, seeds, folds: see read_folds
+):                 # list of flat records
+    "Every trained row and every control, recording by recording, and the means over seeds."
+    found, records, done, pictures = read_folds(out, **only), [], set(), {}
+    s = make_settings(**{k: v for k, v in found[0]["settings"].items() if k != "row"})
+    films = prepare_pairs(data, s, cache)
+    number = {p.name: i for i, p in enumerate(films.pairs)}
+    for r in found:
+        who = films.subjects[r["fold"]] if r["fold"] < len(films.subjects) else "nobody"
+        if who != r["subject"]: raise ValueError(f"{out} is of another data set: fold {r['fold']} is {who} here and {r['subject']} there")
+        guesses = {r["row"]: {number[p["recording"]]: torch.tensor(p["mel"]) for p in r["predictions"]}}
+        if (key := (r["seed"], r["fold"])) not in done: guesses |= controls_of(films, r["fold"], replace(s, seed=r["seed"])); done.add(key)
+        records += judged(films, guesses, waves, recogniser, kind=s.kind, seed=r["seed"])
+        for row, of in guesses.items(): pictures.setdefault(row, {}).update({i: m for i, m in of.items() if i not in pictures.get(row, {})})
+    return write_translate(to or out, films, records, pictures, folds_note(found, s, len(films.subjects)))
+
+# %% ../../nbs/70_translate/78_folds.ipynb #9dea9bb9
 @torch.no_grad()
 def score_translator(
     data,            # the run's data
     folder,          # what train_translator wrote, or a checkpoint with its settings.json and split.json
-    out=None,        # folder for translate.json; None: write nothing
+    out=None,        # folder for translate.json, .md, .png; None: write nothing
     part="test",     # part of the run's split
     cache=None, waves=True, recogniser=None,
 ):                   # list of flat records
     "One trained translator on speakers of its split that it was not trained on, beside the controls."
-    folder = Path(folder)
-    facts, split = json.loads((folder/"settings.json").read_text()), read_split(folder/"split.json")
+    facts, file = run_facts(folder), next((f for f in (Path(folder)/"split.json", Path(folder).parent/"split.json") if f.is_file()), Path(folder)/"split.json")
+    split = read_split(file)
     s = make_settings(**{k: v for k, v in facts.items() if k in {f.name for f in fields(TranslateSettings)} and k != "n_train"})
     films, model = prepare_pairs(data, s, cache), load_translator(folder)
     learn, test = films.of(split["train"]), films.of(split[part])
-    if not len(test) or not len(learn): raise ValueError(f"no recording of the {part} speakers of {folder/'split.json'} in the data: evaluate on the run's own data")
-    guesses, records = {facts["row"]: dict(zip(test.tolist(), model(films.films[test])["mel"])), **guesses_of(films, learn, test, s.seed)}, []
-    for row, i, mel in ((row, i, mel) for row, of in guesses.items() for i, mel in of.items()):
-        common = {"table": "translate", "kind": s.kind, "method": row, "seed": s.seed, "subject": films.pairs[i].subject, "recording": films.pairs[i].name, "word": films.pairs[i].word}
-        records += speech_records(score_guess(mel, films, i, waves, recogniser), **common)
-    if out is not None: write_json(Path(out)/"translate.json", table_means(records) + records)
-    return table_means(records) + records
+    if not len(test) or not len(learn): raise ValueError(f"no recording of the {part} speakers of {file} in the data: evaluate on the run's own data")
+    mels = torch.cat([model(films.films[i])["mel"] for i in test.split(16)])
+    guesses = {facts["row"]: dict(zip(test.tolist(), mels)), **guesses_of(films, learn, test, s.seed)}
+    records = judged(films, guesses, waves, recogniser, kind=s.kind, seed=s.seed)
+    note = f"{s.kind}, {s.matrix} x {s.matrix} pixels, one run, {len(split[part])} {part} speaker(s), {len(split['train'])} training speakers, {s.epochs} epochs"
+    return write_translate(out, films, records, guesses, note) if out is not None else table_means(records) + records
 
 # %% ../../nbs/70_translate/78_folds.ipynb #339f5cd6
 SMOKE = dict(matrix=64, n_crops=20, epochs=24, n_train=12, batch_size=2, lr=3e-3, lr_attention=3e-3, lr_lips=1e-3, audio_steps=200)
 
-# %% ../../nbs/70_translate/78_folds.ipynb #300c8673
+# %% ../../nbs/70_translate/78_folds.ipynb #f5b16b06
+def machine_facts():  # dict
+    "When and where, for the file beside a table."
+    return {"date": time.strftime("%Y-%m-%d"), "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+# %% ../../nbs/70_translate/78_folds.ipynb #645996af
 def ablation_table(
     data, out,      # folder; folder of the results
     kind="tagged",
     smoke=True,     # 64 x 64 pixels, one seed, three folds, labelled so
     folds=None, seeds=None, rows=None,
-    map=map, together=1, cache=None, device="cpu", waves=True, progress=None,
+    map=map, together=1, cache=None, device="cpu", waves=True, recogniser=None, progress=None, command=None,
     **settings,     # fields of TranslateSettings
-):                  # records of evaluate_folds; out/translate.json, translate.md, translate.meta.json
+):                  # records of evaluate_folds; out/translate.json, .md, .png, translate.meta.json
     "Every row and every control by one command; stopped and started again as leave_one_out."
-    begun, given = time.perf_counter(), {**(SMOKE if smoke else {}), "kind": kind, **settings}
+    given = {**(SMOKE if smoke else {}), "kind": kind, **settings}
     films = prepare_pairs(data, s := make_settings(**given), cache); n = len(films.subjects)
-    folds = folds if folds is not None or not smoke else sorted({round(i*(n - 1)/2) for i in range(3)})
-    seeds = seeds if seeds is not None else (0,) if smoke else (0, 1, 2)
-    mine = films if map is builtins.map else data
-    leave_one_out(mine, out, rows, seeds, folds, together, device, cache, map, progress, **given)
-    records = evaluate_folds(out, films, cache, waves)
-    note = f"{'SMOKE RUN, not the papers numbers: ' if smoke else ''}{kind}, {s.matrix} x {s.matrix} pixels, {len(seeds)} seed(s), {len(chosen_folds(folds, n))} fold(s), {s.n_train or n - 1} training speakers, {s.epochs} epochs"
-    meta = {"note": note, "smoke": smoke, "settings": asdict(s), "seeds": list(seeds), "seconds": round(time.perf_counter() - begun, 1), "threads": torch.get_num_threads(),
-            "device": str(device), "torch": torch.__version__, "verdict": translate_verdict(records, rows_of(kind, rows)[0])}
-    write_json(Path(out)/"translate.meta.json", meta)
-    with replacing(Path(out)/"translate.md") as tmp: Path(tmp).write_text(translate_table(records, note) + "\n" + "\n".join(meta["verdict"]) + "\n")
+    folds = chosen_folds(folds if folds is not None or not smoke else sorted({round(i*(n - 1)/2) for i in range(3)}), n)
+    seeds, names, begun = list(seeds if seeds is not None else (0,) if smoke else (0, 1, 2)), rows_of(kind, rows), time.perf_counter()
+    leave_one_out(films if map is builtins.map else data, out, names, seeds, folds, together, device, cache, map, progress, **given)
+    spent, found = time.perf_counter() - begun, read_folds(out, names, seeds, folds)
+    records = evaluate_folds(out, films, cache, waves, recogniser, rows=names, seeds=seeds, folds=folds)
+    times = {"seconds": round(time.perf_counter() - begun, 1), "seconds_training": round(spent, 1), "seconds_of_folds": round(sum(r["seconds"] for r in found), 1)}
+    about = {"command": command or f"ablation_table(DATA, OUT, {kind!r}, smoke={smoke}, **{settings})", "note": folds_note(found, s, n), "smoke": smoke, "seeds": seeds, "folds": folds}
+    write_json(Path(out)/"translate.meta.json", {**about, **times, **machine_facts(), "device": str(device), "verdict": translate_verdict(records, names[0]), "settings": asdict(s)})
     return records
