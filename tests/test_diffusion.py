@@ -377,6 +377,9 @@ def test_a_module_decides_the_device():
             self.gain = torch.nn.Parameter(torch.ones(()))
         def forward(self, x, c_noise, features=None): return self.gain*x
     assert sample(Net().to("meta"), CFG, (1, 2, 1, 3, 3), steps=2).device.type == "meta"
+    for name, kw in {"heun": {"churn": RELEASED_CHURN}, "dpm2m": {"threshold": 0.9}, "euler": {"guidance_scale": 2.}}.items():   # "meta" refuses any tensor that stayed on the CPU
+        made = sample(Net().to("meta"), CFG, (1, 4, 1, 3, 3), torch.ones(1, 4, 5, device="meta"), torch.ones(1, 2, 1, 3, 3), 0.1, steps=3, solver=name, **kw)
+        assert made.device.type == "meta" and made.shape == (1, 4, 1, 3, 3)
     if not torch.cuda.is_available(): return
     there = sample(Net().cuda(), CFG, (1, 2, 1, 3, 3), steps=5)
     assert there.is_cuda and torch.allclose(there.cpu(), sample(Net(), CFG, (1, 2, 1, 3, 3), steps=5), atol=1e-5)
