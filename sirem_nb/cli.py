@@ -47,14 +47,14 @@ def positive(
     if value is not None and not value > 0: raise ValueError(f"{name} {value}: expected a number above 0")
     return value
 
-# %% ../nbs/90_use/91_cli.ipynb #37550ebb
+# %% ../nbs/90_use/91_cli.ipynb #fcb2714c
 def one_of(
     value,  # what was given
     known,  # what there is
     name,   # the option, for the error
 ):          # the value
     "A word out of a list."
-    if value not in known: raise ValueError(f"{name} {value}: expected {', '.join(known)}")
+    if value not in known: raise ValueError(f"{name} {value}: expected {', '.join(map(str, known))}")
     return value
 
 # %% ../nbs/90_use/91_cli.ipynb #cea0dc8c
@@ -81,7 +81,7 @@ def main(
     print("sirem: " + " ".join(message.split()), file=sys.stderr)
     return 2
 
-# %% ../nbs/90_use/91_cli.ipynb #6c800ae8
+# %% ../nbs/90_use/91_cli.ipynb #bc20f10e
 @app.command(epilog='Example: sirem simulate data --speakers 4 --words "asouk,ageese,bite" --seed 1')
 def simulate(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the data set")], speakers: Annotated[int, typer.Option(help="virtual speakers")] = 4,
@@ -100,18 +100,22 @@ def simulate(
     scanner_noise: Annotated[float, typer.Option(help="noise of the scanner in the sound, dB relative to the speech")] = None,
     cine: Annotated[bool, typer.Option("--cine", help="26 frames of one word each instead of raw data, as the translators want them")] = False,
     tagged: Annotated[bool, typer.Option("--tagged", help="the same with a tag grid; with --cine both")] = False,
+    raw: Annotated[bool, typer.Option("--raw/--no-raw", help="without: sound, truth and an mp4 of 50 frames a second, as the generator wants them; much faster")] = True,
+    free: Annotated[int, typer.Option(help="recordings a speaker of free sentences besides, which no list of words holds (with --no-raw)")] = 0,
     workers: Workers = None, seed: Seed = 0,
 ):
-    "Raw k-space, sound and truth: of virtual speakers, or of a real movie (--video); or cine and tagged movies with sound."
+    "Raw k-space, sound and truth: of virtual speakers, or of a real movie (--video); or movies with sound (--no-raw); or cine and tagged ones."
     _simulate(**locals())
 
-# %% ../nbs/90_use/91_cli.ipynb #c316e01e
+# %% ../nbs/90_use/91_cli.ipynb #c1c62fd6
 def _simulate(**given):
     "Check what was asked for, simulate it, and say what was written."
     for k in ("speakers", "seconds", "recordings", "arms", "samples", "matrix", "coils", "snr", "workers"): positive(given[k], f"--{k}")
     if given["out"].exists() and not given["out"].is_dir(): raise ValueError(f"{given['out']}: is a file; a folder was expected")
+    if given["free"] < 0: raise ValueError(f"--free {given['free']}: expected 0 or more")
     if given["cine"] or given["tagged"]: return _simulate_cine(**given)
-    for r in (_simulate_video if given["video"] else _simulate_speakers)(**given): print(f"wrote {r.raw}")
+    if given["video"] and not given["raw"]: raise ValueError("--no-raw goes with virtual speakers: a real movie is a movie already")
+    for r in (_simulate_video if given["video"] else _simulate_speakers)(**given): print(f"wrote {r.raw or r.video}")
 
 def _simulate_cine(out, video, speakers, words, recordings, workers, seed, cine, tagged, **_):
     "Two words as in the papers, two thirds of the speakers the first; more words: everybody all of them."
@@ -121,18 +125,22 @@ def _simulate_cine(out, video, speakers, words, recordings, workers, seed, cine,
     kind = dict(words=said, counts=(first, speakers - first)) if len(said) == 2 else dict(open_vocabulary=said)
     for p in simulate_cine(out, speakers, tagged="both" if cine and tagged else tagged, recordings=recordings, seed=seed, n_workers=workers, progress=True, **kind): print(f"wrote {p.movie}")
 
-# %% ../nbs/90_use/91_cli.ipynb #bf571d8e
+# %% ../nbs/90_use/91_cli.ipynb #12578154
 def _protocol(arms, samples, matrix):
     "The USC protocol with other numbers; TR grows with the readout."
     from sirem_nb.kspace.spiral import USC13, SpiralProtocol
     return SpiralProtocol(n_arms=arms, n_samples=samples, matrix=matrix, tr_s=USC13.tr_s + max(0, samples - USC13.n_samples)*USC13.dwell_s)
 
 def _simulate_speakers(out, speakers=4, words=None, seconds=None, recordings=1, arms=13, samples=630, matrix=84, play=None, coils=8, snr=20.0,
-                       off_resonance=None, scanner_noise=None, workers=None, seed=0, transient=True, **_):
-    from sirem_nb.speaker.corpus import simulate_corpus
+                       off_resonance=None, scanner_noise=None, workers=None, seed=0, transient=True, raw=True, free=0, **_):
+    from dataclasses import replace
+    from sirem_nb.speaker.corpus import FREE, ITEMS, SCRIPT, simulate_corpus
+    protocol, said, more = _protocol(arms, samples, matrix), [w.strip() for w in words.split(",")] if words else None, {}
+    if not raw: protocol, said, more = replace(protocol, tr_s=0.01), said or ITEMS + SCRIPT, dict(raw=False, video=True)     # a true picture is an average over two TR
+    if free: more |= dict(free=FREE, free_recordings=free)
     if seconds is None and not words: seconds = 6.0
-    return simulate_corpus(out, speakers, [w.strip() for w in words.split(",")] if words else None, _protocol(arms, samples, matrix), seed, recordings, workers, True, seconds=seconds,
-                           n_coils=coils, snr=snr, transient=transient, off_resonance_hz=off_resonance, arms=numbers(play, "--play"), scanner_noise_db=scanner_noise)
+    return simulate_corpus(out, speakers, said, protocol, seed, recordings, workers, True, seconds=seconds, n_coils=coils, snr=snr, transient=transient,
+                           off_resonance_hz=off_resonance, arms=numbers(play, "--play"), scanner_noise_db=scanner_noise, **more)
 
 def _simulate_video(out, video, audio, arms, samples, matrix, play, coils, snr, off_resonance, seed, scanner_noise, **_):
     from sirem_nb.speaker.scanner import simulate_video
@@ -368,7 +376,7 @@ def translate_movie(
     for note in found.get("notes", []): print(f"sirem: note: {note}", file=sys.stderr)
     for f in (out, out.with_suffix(".png"), out.with_suffix(".json")): print(f"wrote {f}")
 
-# %% ../nbs/90_use/91_cli.ipynb #2060d21e
+# %% ../nbs/90_use/91_cli.ipynb #4245c8cc
 TABLES = {"fusion": ("fusion", "paper", "left-out"), "translate": ("translate",), None: ("paper", "left-out")}     # what can be made of which kind of run
 
 def kind_of_run(
@@ -377,14 +385,16 @@ def kind_of_run(
     "What trained the run in a folder. Raises ValueError for a folder without one."
     if run is None: return None
     run = Path(run)
+    if not run.is_dir(): raise FileNotFoundError(f"{run}: no such folder; expected what sirem train wrote")
     if next((run/"folds").glob("*.json"), None): return "translate"
     files = [run/"settings.json", run.parent/"settings.json", *sorted(run.glob("*/settings.json"))]
     for f in (f for f in files if f.is_file()):
         try: found = json.loads(f.read_text())
         except json.JSONDecodeError as e: raise ValueError(f"{f}: not JSON ({e}); expected what sirem train wrote") from None
+        if found.get("model") == "diffusion": return "diffusion"
         if "row" in found: return "translate"
         if "arms_per_frame" in found: return "fusion"
-    raise ValueError(f"{run}: no run in it; expected what sirem train fusion or sirem train translate wrote")
+    raise ValueError(f"{run}: no run in it; expected what sirem train wrote")
 
 # %% ../nbs/90_use/91_cli.ipynb #abe75240
 @app.command(epilog="Example: sirem evaluate data --run run --out tables")

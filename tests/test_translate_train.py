@@ -1,21 +1,30 @@
 "Training the translators: data to tensors, three losses for three networks, resuming, folds (alone, stacked, spread), controls, and a film to a sound."
 import json
+import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
+from sirem_nb.cli import main
+from sirem_nb.data.movies import find_pairs, fit_movie
+from sirem_nb.data.sync import write_movie
 from sirem_nb.translate import folds as F
 from sirem_nb.translate import train as T
 from sirem_nb.translate.mel import MEL, mel_spectrogram
 from sirem_nb.translate.use import film_to_mel, translate
 
 TINY = dict(matrix=32, channels=(4, 4, 8, 8, 32), n_crops=5, epochs=2, batch_size=3, audio_steps=3)
+TYPED = [a for k, v in TINY.items() if k not in ("matrix", "epochs") for a in ("--set", f"{k}={json.dumps(v)}")] + ["--matrix", "32", "--epochs", "2", "--device", "cpu"]
+BIN = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +95,69 @@ def test_the_loader_depends_on_seed_and_epoch_alone(data):
     with pytest.raises(ValueError, match="at least 2"): T.FilmLoader(data, [0])
 
 
+# ---------------------------------------------------------------- long recordings
+def running_speech(home, name="ann_story", words=8, quiet=()):
+    "Toy words in a row, as one movie with its sound; some of them said without a voice."
+    home.mkdir(parents=True, exist_ok=True)
+    said = [T.toy_utterance(i % 5, i % 2 == 0) for i in range(words)]
+    frames, wave = np.concatenate([f for f, _ in said]), np.concatenate([w[:MEL.rate]*(i not in quiet) for i, (_, w) in enumerate(said)])
+    np.save(home/f"{name}.npy", frames); (home/f"{name}.json").write_text('{"fps": 26}'); soundfile.write(home/f"{name}.wav", wave, MEL.rate)
+    return frames, soundfile.read(home/f"{name}.wav", dtype="float32")[0]
+
+
+def test_long_recordings_become_examples(tmp_path):
+    frames, wave = running_speech(tmp_path/"d"/"cine", quiet=(4, 5))
+    d = T.prepare_pairs(tmp_path/"d", T.make_settings(**TINY), tmp_path/"c")
+    starts = [p.start_s for p in d.pairs]
+    assert starts == [0, .5, 1, 1.5, 2, 2.5, 3, 3.5, 5.5, 6, 6.5, 7] and d.pairs[3].name == "ann_story@1.50"      # two of the pieces were pauses
+    assert d.notes["ann_story"][-1] == "8.00 s of film: cut into 15 pieces, of which 3 are pauses and left out"
+    whole, _ = fit_movie(frames, 26., matrix=32)
+    for i, s in enumerate(starts):
+        assert (d.films[i] - whole[round(26*s):][:26]).abs().max() < 1e-3
+        begin = round(s*MEL.rate)
+        loud = max(0, int(d.waves[i].abs().argmax()) - 20)
+        at = next(k for k in range(1200) if np.array_equal(wave[begin + k + loud:][:40], d.waves[i, loud:loud + 40].numpy()))      # the middle crop: sound of the same second
+        assert np.array_equal(wave[begin + at:][:MEL.n_samples], d.waves[i].numpy()) and abs(at/MEL.rate - d.start_s) < .03
+    assert d.subjects == ["ann"] and len(set(d.words.tolist())) == len(d)                       # nobody knows which word a piece holds
+    again = T.prepare_pairs(tmp_path/"d", T.make_settings(**TINY), tmp_path/"c")                # from the cache
+    assert [p.name for p in again.pairs] == [p.name for p in d.pairs] and torch.equal(again.films, d.films) and torch.equal(again.mels, d.mels)
+    wide = T.prepare_pairs(tmp_path/"d", T.make_settings(**TINY, hop=26), tmp_path/"c")
+    assert [p.start_s for p in wide.pairs] == [0, 1, 2, 3, 6, 7]
+
+
+def test_long_and_short_recordings_train_together_and_a_person_stays_one(toy, tmp_path):
+    for who in ("ann", "bob"): running_speech(tmp_path/"d"/"cine", f"{who}_story", 4)
+    for i in range(2):
+        for e in ("npy", "json", "wav"): (tmp_path/"d"/"cine"/f"sub00{i + 1}_word.{e}").write_bytes(next((toy/"data").glob(f"sub00{i + 1}/cine/*.{e}")).read_bytes())
+    assert main(["train", "translate", str(tmp_path/"d"), "--out", str(tmp_path/"r"), "--cache", str(tmp_path/"c"), *TYPED]) == 0
+    split, facts = json.loads((tmp_path/"r"/"split.json").read_text()), json.loads((tmp_path/"r"/"settings.json").read_text())
+    assert sorted(sum(split.values(), [])) == ["ann", "bob", "sub001", "sub002"] and facts["n_train"] == sum(7 if s in ("ann", "bob") else 1 for s in split["train"])
+    path, = F.leave_one_out(tmp_path/"d", tmp_path/"loo", "plain", (0,), [0], cache=tmp_path/"c", **TINY)
+    r = json.loads(path.read_text())
+    assert [p["recording"] for p in r["predictions"]] == [f"ann_story@{s:.2f}" for s in np.arange(0, 3.1, .5)] and "ann" not in r["train"]
+    records = F.evaluate_folds(tmp_path/"loo", tmp_path/"d", tmp_path/"c", waves=False)
+    assert not [x for x in records if x["method"] == "mean-of-word"] and [x for x in records if x["method"] == "mean-spectrogram"]     # of a piece there is no word to average
+    with pytest.raises(ValueError, match="cannot be stacked"): F.leave_one_out(tmp_path/"d", tmp_path/"st", "plain", (0,), [0, 2], 2, cache=tmp_path/"c", **TINY)
+
+
+def test_long_films_cost_memory_once():
+    "Windows are views: a film of some minutes is held a few times (stored, at its rate, scaled), not once more for each window."
+    code = """
+        import resource, sys, torch
+        from types import SimpleNamespace
+        from sirem_nb.translate.use import film_to_mel
+        class Painter(torch.nn.Linear):                      # as quick as a model can be
+            config = SimpleNamespace(n_frames=26, matrix=64)
+            def forward(self, x): return {"mel": x.mean((1, 2, 3))[:, None, None].expand(-1, 64, 64)}
+        film = torch.rand(int(sys.argv[1]), 64, 64, generator=torch.Generator().manual_seed(0))
+        film_to_mel(film, 26., Painter(1, 1), hop=3)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024)
+    """
+    peak = [int(subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(n)], capture_output=True, text=True, check=True).stdout) for n in (130, 4030)]
+    held = 3900*64*64*4
+    assert peak[1] - peak[0] < 6*held, [p/1e6 for p in peak]                   # copies of the windows alone would be 9 of these
+
+
 # ---------------------------------------------------------------- losses
 def batch_of(data): return next(iter(T.FilmLoader(data, range(5), 5)))
 
@@ -117,7 +189,8 @@ def test_rows_take_away_what_they_say(data, row, has):
 
 
 def test_cine_has_no_attention_row(data):
-    assert T.rows_of("cine") == [r for r in T.ROWS if r != "no-attention"] and T.rows_of("tagged") == list(T.ROWS)
+    every = [r for r in T.ROWS if r != "keep-time"]                          # ours alone: not a row of the papers
+    assert T.rows_of("cine") == [r for r in every if r != "no-attention"] and T.rows_of("tagged") == every
     game, _ = T.new_game("ours", data, torch.arange(5), T.make_settings(**TINY))
     assert game.translator.attention is None
     with pytest.raises(ValueError, match="no row 'no-attention'"): T.rows_of("cine", ["no-attention"])
@@ -180,6 +253,20 @@ def test_two_processes_train_one_model(toy, data, tmp_path):
     assert r.returncode == 0 and "SAME" in r.stdout, r.stderr[-2000:]
 
 
+def test_accelerate_launch_of_the_command_is_one_process_with_twice_the_batch(toy, tmp_path):
+    (tmp_path/"split.json").write_text(json.dumps(dict(train=["sub001", "sub002", "sub003", "sub004"], val=[], test=["sub005"])))
+    argv = ["train", "translate", toy/"data", "--row", "plain", "--split", tmp_path/"split.json", "--cache", toy/"cache", *TYPED]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [BIN/"accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    two = subprocess.run([*launch, BIN/"sirem", *argv, "--out", tmp_path/"two", "--set", "batch_size=2"], env=env, capture_output=True, text=True, timeout=300)
+    assert two.returncode == 0 and two.stdout.count("wrote") == 1, two.stderr[-2000:]
+    assert main([str(a) for a in [*argv, "--out", tmp_path/"one", "--set", "batch_size=4"]]) == 0
+    s = T.make_settings(**TINY)
+    fresh = T.new_game("plain", T.prepare_pairs(toy/"data", s, toy/"cache"), torch.arange(2), s)[0].translator.state_dict()
+    a, b = (T.load_translator(tmp_path/k).state_dict() for k in ("one", "two"))
+    assert all(torch.allclose(a[k], b[k], atol=2e-5) for k in a) and max((a[k] - fresh[k]).abs().max() for k in a) > 1e-3
+
+
 # ---------------------------------------------------------------- folds
 def mels_of(path): return torch.tensor(json.loads(path.read_text())["predictions"][0]["mel"])
 
@@ -194,6 +281,52 @@ def test_stacked_folds_are_the_folds(toy, data):
     assert moved > 2e-2                                                       # and they are not all the same
 
 
+def no_clock(path): return {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
+
+
+def test_folds_killed_and_started_again_give_the_same_files(toy, tmp_path):
+    "The command is killed outright when its first file is there, and typed again; and a stack of which one file is missing is trained again as a stack."
+    argv = ["train", "translate", str(toy/"data"), "--leave-one-out", "--rows", "ours,plain", "--seeds", "0", "--folds", "0:4", "--together", "2", "--cache", str(toy/"cache"), *TYPED]
+    assert main([*argv, "--out", str(tmp_path/"whole")]) == 0
+    whole = {p.name: no_clock(p) for p in (tmp_path/"whole"/"folds").glob("*.json")}
+    p = subprocess.Popen([BIN/"sirem", *argv, "--out", str(tmp_path/"killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+    limit = time.time() + 200
+    while time.time() < limit and not list((tmp_path/"killed").glob("folds/*.json")): time.sleep(.01)
+    p.send_signal(signal.SIGKILL); p.wait()
+    there = list((tmp_path/"killed").glob("folds/*.json"))
+    assert 0 < len(there) < 8, "killed too late or too early to show anything"
+    assert main([*argv, "--out", str(tmp_path/"killed")]) == 0
+    assert {p.name: no_clock(p) for p in (tmp_path/"killed"/"folds").glob("*.json")} == whole and len(whole) == 8
+    kept = (tmp_path/"whole"/"folds"/"ours-seed0-sub001.json").read_bytes()
+    (tmp_path/"whole"/"folds"/"ours-seed0-sub002.json").unlink()
+    assert main([*argv, "--out", str(tmp_path/"whole")]) == 0
+    assert {p.name: no_clock(p) for p in (tmp_path/"whole"/"folds").glob("*.json")} == whole and (tmp_path/"whole"/"folds"/"ours-seed0-sub001.json").read_bytes() == kept
+
+
+def test_machines_share_the_folds(toy, tmp_path):
+    "Each machine its own --folds; two processes of this one; a dask cluster at an address: the same files as from one process."
+    pytest.importorskip("dask.distributed", reason="dask is not installed: pip install 'sirem-nb[cluster]'")
+    from dask.distributed import LocalCluster
+    argv = ["train", "translate", str(toy/"data"), "--leave-one-out", "--rows", "plain", "--seeds", "0", "--cache", str(toy/"cache"), *TYPED]
+    go = lambda name, *more: main([*argv, "--out", str(tmp_path/name), *more])
+    read = lambda name: {p.name: no_clock(p) for p in (tmp_path/name/"folds").glob("*.json")}
+    assert go("one", "--folds", "0:3") == 0 and go("hand", "--folds", "0:1") == go("hand", "--folds", "1:3") == 0
+    assert read("one") == read("hand") and len(read("one")) == 3
+    assert go("two", "--folds", "0:3", "--workers", "2") == 0
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster: assert go("dask", "--folds", "0:3", "--scheduler", cluster.scheduler_address) == 0
+    for name in ("two", "dask"):
+        assert read(name).keys() == read("one").keys()
+        for k, r in read(name).items(): assert np.abs(np.array(r["predictions"][0]["mel"]) - np.array(read("one")[k]["predictions"][0]["mel"])).max() < 2e-3      # other threads, other rounding
+
+
+def test_nobody_answers(toy, tmp_path, capsys):
+    pytest.importorskip("dask.distributed", reason="dask is not installed: pip install 'sirem-nb[cluster]'")
+    import socket
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    with pytest.raises(ValueError, match="no dask scheduler answers"):
+        with F.folds_map(scheduler=f"tcp://127.0.0.1:{port}", timeout=2): pass
+
+
 def test_folds_are_done_once_and_by_anybody(toy, data):
     files = F.leave_one_out(toy/"data", toy/"spread", "plain", (0,), "0:2", cache=toy/"cache", map=ThreadPoolExecutor(1).map, **TINY)
     assert [f.exists() for f in files] == [True, True]
@@ -201,6 +334,8 @@ def test_folds_are_done_once_and_by_anybody(toy, data):
     files[1].unlink()
     again = F.leave_one_out(data, toy/"spread", "plain", (0,), [0, 1, 2], **TINY)
     assert again[0].read_bytes() == before and len(list((toy/"spread"/"folds").glob("*.json"))) == 3
+    for f in files: f.write_text(json.dumps({**(r := json.loads(f.read_text())), "settings": {k: v for k, v in r["settings"].items() if k != "hop"}}))     # written before there was this setting
+    assert F.leave_one_out(data, toy/"spread", "plain", (0,), [0, 1], **TINY) == files
     with pytest.raises(ValueError, match="other settings"): F.leave_one_out(data, toy/"spread", "plain", (0,), [0], **{**TINY, "epochs": 3})
 
 
@@ -242,8 +377,47 @@ def test_the_verdict_knows_noise_from_gain():
     worse = fake("ours", [.3, .31, .3, .32]) + fake("mean-of-word", [.2, .2, .21, .19])
     assert "loses to" in F.translate_verdict(worse)[0] and "learned the word and not the speech" in F.translate_verdict(worse)[-1]
     assert "not even the word" in F.translate_verdict(worse + fake("mean-spectrogram", [.25, .26, .25, .25]))[-1]
+    one = F.translate_verdict(fake("ours", [.3]) + fake("mean-of-word", [.2]))
+    assert len(one) == 1 and "one recording, which decides nothing" in one[0]
     noise = fake("ours", [.1, .3, .1, .3]) + fake("mean-of-word", [.2, .2, .21, .19])
     assert "cannot be told apart" in F.translate_verdict(noise)[0]
+
+
+def test_evaluate_knows_a_translator_and_all_its_folds(run, toy, tmp_path, capsys):
+    assert main(["evaluate", str(toy/"data"), "--run", str(run[0]), "--out", str(tmp_path/"t"), "--cache", str(toy/"cache")]) == 0
+    records, text = json.loads((tmp_path/"t"/"translate.json").read_text()), (tmp_path/"t"/"translate.md").read_text()
+    assert {r["subject"] for r in records if r["table"] == "translate"} == {"sub005"} and {r["method"] for r in records} == {"ours", *F.CONTROLS} and "| ours |" in text and "one recording" in text
+    assert (tmp_path/"t"/"translate.png").stat().st_size > 5000
+    mel = torch.as_tensor(T.prepare_pairs(toy/"data", T.make_settings(**TINY), toy/"cache").films[4:])
+    with torch.no_grad(): want = float((T.load_translator(run[0])(mel)["mel"] - T.prepare_pairs(toy/"data", T.make_settings(**TINY), toy/"cache").middle[4:]).abs().mean())
+    assert next(r["value"] for r in records if r["table"] == "translate" and (r["method"], r["metric"]) == ("ours", "l1")) == pytest.approx(want, rel=1e-4)
+    assert main(["evaluate", str(toy/"data"), "--run", str(run[0]/"best"), "--out", str(tmp_path/"b"), "--tables", "translate", "--part", "val", "--cache", str(toy/"cache")]) == 0
+    assert {r["subject"] for r in json.loads((tmp_path/"b"/"translate.json").read_text()) if r["table"] == "translate"} == {"sub004"}
+    F.leave_one_out(toy/"data", tmp_path/"loo", "plain", (0,), "1:3", cache=toy/"cache", **TINY)
+    assert main(["evaluate", str(toy/"data"), "--run", str(tmp_path/"loo"), "--out", str(tmp_path/"l"), "--cache", str(toy/"cache")]) == 0
+    assert {r["subject"] for r in json.loads((tmp_path/"l"/"translate.json").read_text()) if r["table"] == "translate"} == {"sub002", "sub003"} and not (tmp_path/"loo"/"translate.json").exists()
+    assert (tmp_path/"l"/"translate.md").read_text().startswith("SMOKE RUN") and (tmp_path/"l"/"translate.png").exists()
+    capsys.readouterr()
+    for table, said in (("fusion", "a run of sirem train translate"), ("paper", "a run of sirem train translate")):
+        assert main(["evaluate", str(toy/"data"), "--run", str(run[0]), "--out", str(tmp_path/"x"), "--tables", table]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path/"x").exists()
+    assert main(["evaluate", str(toy/"data"), "--out", str(tmp_path/"x"), "--tables", "translate"]) == 2 and "sirem train translate" in capsys.readouterr().err
+
+
+def test_word_error_rate_is_there_where_a_recogniser_is(run, toy, tmp_path, data):
+    heard = lambda wave, rate: "up"                                            # hears one word, whatever is said
+    records = F.score_translator(data, run[0], tmp_path/"t", recogniser=heard)
+    word = data.pairs[4].word
+    assert {r["value"] for r in records if r["metric"] == "wer" and r["table"] == "translate"} == {float(word != "up")}
+    assert "wer" in (tmp_path/"t"/"translate.md").read_text()
+
+
+def test_the_table_by_one_command(toy, tmp_path):
+    assert main(["train", "translate", str(toy/"data"), "--ablation", "--kind", "cine", "--out", str(tmp_path/"t"), "--cache", str(toy/"cache"), *TYPED]) == 0
+    meta, records = (json.loads((tmp_path/"t"/f"translate{e}").read_text()) for e in (".meta.json", ".json"))
+    assert {r["method"] for r in records} == {*T.rows_of("cine"), *F.CONTROLS} and (tmp_path/"t"/"translate.md").read_text().startswith("SMOKE RUN")
+    assert meta["command"].startswith("sirem train translate DATA --ablation") and meta["folds"] == [0, 2, 4] and meta["seeds"] == [0] and meta["seconds"] > 0 and meta["date"][:2] == "20" and "cores" in meta["machine"]
+    assert meta["settings"]["lr"] == F.SMOKE["lr"] and meta["settings"]["matrix"] == 32                  # what is typed goes before what is small
 
 
 def test_silence_has_a_stated_outcome(data):
@@ -290,10 +464,102 @@ def test_what_is_not_a_film_is_refused(run, tmp_path, frames, fps, message):
     assert not (tmp_path/"x.wav").exists()
 
 
+# ---------------------------------------------------------------- bad input, as it is typed
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    "A folder of movies that are none, and of data sets with one thing wrong in each."
+    d = tmp_path_factory.mktemp("bad"); film, wave = T.toy_utterance(0, True)
+    nan = film.copy(); nan[3, 4, 4] = np.nan
+    for name, x in dict(good=film, nan=nan, one=film[:1], short=film[:9], flat=0*film, colour=np.zeros((26, 8, 8, 3)), tiny=film[:, :4, :4]).items(): np.save(d/f"{name}.npy", x)
+    (d/"text.mp4").write_text("no movie"); (d/"empty.mp4").write_bytes(b""); (d/"text.h5").write_text("no hdf5")
+    write_movie(d/"long.mp4", np.kron(np.tile(film, (4, 1, 1)), np.ones((1, 4, 4), np.float32)), 26, wave, MEL.rate, scale=1)
+    whole = (d/"long.mp4").read_bytes(); (d/"cut.mp4").write_bytes(whole[:len(whole)*2//3])
+    def data(name, **files):
+        home = d/name/"cine"; T.toy_pairs(d/name, 4)
+        home.mkdir(exist_ok=True)
+        for file, content in files.items():
+            stem, kind = file.rsplit("_", 1); f = home/f"{stem}.{kind}"
+            if kind == "npy": np.save(f, content)
+            elif kind == "wav": soundfile.write(f, content, MEL.rate, subtype="FLOAT")
+            else: f.write_bytes(content)
+    data("silent", ann_up_npy=film, ann_up_wav=0*wave); data("mute", ann_up_npy=film); data("blind", ann_up_wav=wave)
+    data("nanfilm", ann_up_npy=nan, ann_up_wav=wave); data("single", ann_up_npy=film[:1], ann_up_wav=wave); data("nansound", ann_up_npy=film, ann_up_wav=np.where(np.arange(len(wave)) == 99, np.nan, wave))
+    data("brief", ann_up_npy=film, ann_up_wav=wave[:5000]); data("apart", ann_up_npy=np.tile(film, (20, 1, 1)), ann_up_wav=wave); data("nameless", ann_npy=film, ann_wav=wave)
+    data("hush", ann_up_npy=np.tile(film, (4, 1, 1)), ann_up_wav=np.tile(0*wave, 4)); data("broken", ann_up_mp4=whole[:len(whole)*2//3], ann_up_wav=np.tile(wave, 4))
+    T.toy_pairs(d/"few", 2); (d/"nothing").mkdir()
+    return d
+
+
+def said(argv, d, capsys):
+    "The one line that a command leaves; and nothing written."
+    before = {p for p in d.rglob("*")}
+    status = main([a.format(d=d) for a in argv])
+    lines = [l for l in capsys.readouterr().err.splitlines() if l.strip() and not l.startswith("sirem: note:")]
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("sirem: "), lines
+    assert {p for p in d.rglob("*")} == before, "something was left behind"
+    return lines[0]
+
+
+@pytest.mark.parametrize("movie, more, message", [("nan.npy", [], "not numbers"), ("one.npy", [], "single frame"), ("short.npy", [], "half of it"), ("flat.npy", [], "nothing to see"), ("colour.npy", [], "grey frames"),
+    ("tiny.npy", [], "at least 8 x 8"), ("text.mp4", [], "not a movie"), ("empty.mp4", [], "empty"), ("cut.mp4", [], "cut.mp4"), ("text.h5", [], ""), ("none.mp4", [], "no such movie"), ("nothing", [], "empty"),
+    ("good.npy", ["--fps", "0"], "above 0"), ("good.npy", ["--fps", "9000"], "between 1 and 2000"), ("good.npy", ["--out", "{d}/o/x.mp3"], "wav"),
+    ("good.npy", ["--checkpoint", "{d}/nothing"], "model.safetensors"), ("good.npy", ["--checkpoint", "{root}/checkpoints/sirem-13"], "another kind")])
+def test_bad_movies_are_one_line(bad, root, movie, more, message, capsys):
+    argv = ["translate", f"{{d}}/{movie}", "--checkpoint", f"{root}/checkpoints/translate-cine", "--out", "{d}/o/x.wav", "--device", "cpu"]
+    assert message in said(argv + [m.replace("{root}", str(root)) for m in more], bad, capsys)
+
+
+@pytest.mark.parametrize("data, message", [("silent", "silent"), ("hush", "silent"), ("mute", "a movie without a sound"), ("blind", "a sound without a movie"), ("nanfilm", "not numbers"), ("nansound", "not numbers"), ("single", "single frame"),
+    ("brief", "0.23 s of sound"), ("apart", "do they belong together"), ("nameless", "who said what"), ("broken", "ann_up.mp4"), ("nothing", "pairs SUBJECT_WORD"), ("none", "no such folder"), ("few", "at least 3")])
+def test_bad_data_is_one_line(bad, data, message, capsys, tmp_path):
+    for more in ([], ["--leave-one-out"]):
+        assert message in said(["train", "translate", f"{{d}}/{data}", "--out", "{d}/o", "--cache", str(tmp_path/"cache"), *TYPED, *more], bad, capsys)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".npz"]
+
+
+@pytest.mark.parametrize("more, message", [(["--kind", "film"], "expected cine, tagged"), (["--matrix", "100"], "expected 128, 64, 32"), (["--row", "magic"], "expected ours"), (["--row", "no-attention"], "expected ours"), (["--set", "magic=1"], "no training setting"),
+    (["--set", "lr"], "NAME=VALUE"), (["--epochs", "0"], "above 0"), (["--folds", "0:2"], "goes with --leave-one-out"), (["--leave-one-out", "--folds", "0-2"], "expected a:b"), (["--leave-one-out", "--seeds", "a"], "whole numbers"),
+    (["--leave-one-out", "--rows", "magic"], "no row"), (["--leave-one-out", "--folds", "7:9"], "expected numbers from 0 to 4"), (["--set", "lr=fast"], "lr")])
+def test_bad_wishes_are_one_line(toy, tmp_path, more, message, capsys):
+    assert message in said(["train", "translate", str(toy/"data"), "--out", "{d}/o", "--cache", str(toy/"cache"), *TYPED, *more], tmp_path, capsys)
+
+
+def test_other_sizes_and_rates_are_noted_and_done(bad, root, tmp_path, capsys):
+    film, _ = T.toy_utterance(0, True)
+    write_movie(tmp_path/"fast.mp4", np.kron(np.repeat(film, 2, 0), np.ones((1, 3, 4), np.float32)), 52, scale=1)
+    assert main(["translate", str(tmp_path/"fast.mp4"), "--checkpoint", str(root/"checkpoints"/"translate-cine"), "--out", str(tmp_path/"x.wav"), "--device", "cpu"]) == 0
+    told = capsys.readouterr().err
+    assert "52 frames a second resampled to 26" in told and "96 x 128 pixels put on 64 x 64" in told and all(l.startswith("sirem: note:") for l in told.strip().splitlines())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fast.mp4", "x.json", "x.png", "x.wav"]
+
+
+# ---------------------------------------------------------------- real recordings
+@pytest.mark.parametrize("kind", ["cine", "tagged"])
+def test_real_movies_are_translated(real_data, root, tmp_path, kind):
+    "No claim about what is said: the checkpoints have seen virtual heads and two words. The times must be right, and every file whole."
+    movies = sorted((real_data/"usc_timit").glob("*.avi"))[:1] + sorted((real_data/"usc_timit_m3_audio").glob("*.mp4"))[:1]
+    if not movies: pytest.skip("no USC-TIMIT movies in shared/data")
+    for m in movies:
+        out = tmp_path/f"{m.stem}.wav"
+        assert main(["translate", str(m), "--checkpoint", str(root/"checkpoints"/f"translate-{kind}"), "--out", str(out), "--device", "cpu"]) == 0
+        wave, rate = soundfile.read(out); about = json.loads(out.with_suffix(".json").read_text())
+        assert rate == 22050 and np.isfinite(wave).all() and np.abs(wave).max() > .1 and abs(len(wave)/rate - about["frames"]/about["fps"]) < .15
+        assert about["fps"] == pytest.approx(23.18, abs=.01) and any("resampled to 26" in n for n in about["notes"]) and len(about["windows_start_s"]) > 1
+
+
+def test_real_movies_are_training_pairs(real_data, tmp_path):
+    home = real_data/"usc_timit_m3_audio"
+    if not home.is_dir(): pytest.skip("no movies with sound in shared/data")
+    d = T.prepare_pairs(home, T.make_settings(**TINY), tmp_path)
+    assert len(d) > 3*len(find_pairs(home)) and d.subjects == ["usctimit"] and torch.isfinite(d.films).all() and torch.isfinite(d.mels.float()).all()
+    assert (d.films[:, 1:] - d.films[:, :-1]).abs().mean() > .002 and d.middle.std((1, 2)).min() > .05            # it moves, and it sounds
+    f = T.FilmLoader(d, range(len(d)), 4); game, _ = T.new_game("ours", d, torch.arange(len(d)), T.make_settings(**TINY))
+    assert torch.isfinite(T.game_loss(game.train(), next(iter(f)))["loss"])
+
+
 # ---------------------------------------------------------------- what is shipped
 @pytest.mark.parametrize("kind", ["cine", "tagged"])
 def test_shipped_checkpoints_work(kind, tmp_path):
-    from pathlib import Path
     folder = Path(__file__).resolve().parents[1]/"checkpoints"/f"translate-{kind}"
     model = T.load_translator(folder)
     assert model.config.attention == (kind == "tagged") and .6e6 < sum(p.numel() for p in model.parameters()) < .75e6

@@ -310,7 +310,7 @@ def read_pair(
     wave, _ = read_audio(pair.audio, rate)
     return x, wave, notes + audio_trouble(wave, rate, len(frames) / (fps or frame_hz))
 
-# %% ../../nbs/20_data/26_movies.ipynb #817761fc
+# %% ../../nbs/20_data/26_movies.ipynb #90157a78
 LONG_S = 1.5          # s: a movie that lasts longer is cut
 PAUSE = .01           # a piece whose loudest sample stays below this share of the recording's loudest is a pause
 
@@ -323,7 +323,7 @@ def piece_of(
 ):             # (sample,), or None for a pause, or where the sound is over
     "The sound of a piece, a twentieth longer than its film."
     cut = wave[round(start_s * rate):round((start_s + 1.05 * seconds) * rate)]
-    return None if len(cut) < .98 * seconds * rate or np.abs(cut).max() < PAUSE * np.abs(wave).max() else cut
+    return None if len(cut) < .98 * seconds * rate or np.abs(cut).max() <= PAUSE * np.abs(wave).max() else cut
 
 # %% ../../nbs/20_data/26_movies.ipynb #68637d9a
 def read_pieces(

@@ -9,7 +9,7 @@ __all__ = ['CONTROLS', 'BETTER', 'SMOKE', 'Stack', 'StackLoader', 'training_of',
            'spectrogram_figure', 'write_translate', 'read_folds', 'folds_note', 'evaluate_folds', 'score_translator',
            'machine_facts', 'ablation_table']
 
-# %% ../../nbs/70_translate/78_folds.ipynb #0980a9bc
+# %% ../../nbs/70_translate/78_folds.ipynb #b6e52cd3
 import builtins, copy, json, logging, os, platform, re, time
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
@@ -30,7 +30,7 @@ from .attention import moving_share
 from .cine_translator import CineTranslator
 from .disentangle import word_use
 from .mel import MEL, to_wave
-from .train import ROWS, FilmLoader, TranslateSettings, game_loss, keep_going, load_translator, make_settings, new_game, new_optimizer, prepare_pairs, rows_of, run_facts, run_settings
+from .train import ROWS, FilmLoader, TranslateSettings, keep_going, load_translator, make_settings, new_game, new_optimizer, prepare_pairs, rows_of, run_facts, run_settings
 
 # %% ../../nbs/70_translate/78_folds.ipynb #9f95b9c3
 class Stack(nn.Module):
@@ -167,18 +167,19 @@ def leave_one_out(
     hide = None if progress is None else not progress
     return [p for paths in tqdm(map(run_folds, jobs), total=len(jobs), desc="folds", disable=hide) for p in paths]
 
-# %% ../../nbs/70_translate/78_folds.ipynb #34a1aed1
+# %% ../../nbs/70_translate/78_folds.ipynb #641d4153
 @contextmanager
 def folds_map(
     workers=1,       # processes on this machine
     scheduler=None,  # or the address of a dask scheduler, such as tcp://10.0.0.1:8786
+    timeout=20,      # s to wait for it
 ):                   # a map for leave_one_out, ablation_table
     "This process, several of them, or a dask cluster. Raises ValueError: dask is missing, nobody answers there."
     if not scheduler and (workers or 1) == 1: yield map; return
     try: from dask.distributed import Client, LocalCluster
     except ModuleNotFoundError: raise ValueError("several workers are led by dask, which is not installed: pip install 'sirem-nb[cluster]'") from None
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
-    try: client = Client(scheduler, timeout=20) if scheduler else Client(LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL))
+    try: client = Client(scheduler, timeout=timeout) if scheduler else Client(LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL))
     except (OSError, TimeoutError) as e: raise ValueError(f"no dask scheduler answers at {scheduler} ({str(e).splitlines()[0][:80]}): start one with `dask scheduler`") from None
     with client:
         try: yield lambda f, jobs: (job.result() for job in client.map(f, list(jobs), pure=False))

@@ -8,10 +8,10 @@ __all__ = ['LOSS_OF', 'ROWS', 'toy_utterance', 'toy_pairs', 'fitted_sound', 'cro
            'networks_of', 'game_loss', 'rows_of', 'LipGame', 'train_audio', 'new_game', 'new_optimizer', 'run_settings',
            'choose_split', 'val_score', 'train_translator', 'keep_going', 'run_facts', 'load_translator']
 
-# %% ../../nbs/70_translate/77_train.ipynb #0c2d7e85
+# %% ../../nbs/70_translate/77_train.ipynb #a1c6fdc7
 import hashlib, json
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -136,12 +136,15 @@ class TranslateSettings:
     n_train: int | None = None       # at most so many training speakers, drawn by seed; None: all
     seed: int = 0
 
-# %% ../../nbs/70_translate/77_train.ipynb #f5d1c714
+# %% ../../nbs/70_translate/77_train.ipynb #be74a3e1
 def make_settings(
     **given,  # fields of TranslateSettings
 ):            # TranslateSettings
     "Settings with the papers' defaults. Raises ValueError for a name or a value that does not exist."
     s = settings_of(TranslateSettings, given)
+    for f in fields(s):
+        kind = (int, float) if isinstance(f.default, float) else (int, type(None)) if f.default is None else type(f.default)
+        if not isinstance(getattr(s, f.name), kind): raise ValueError(f"{f.name} = {getattr(s, f.name)!r}: expected something like {f.default}")
     for name, allowed in {"kind": ("cine", "tagged"), "reduction": ("sum", "mean"), "matrix": (128, 64, 32)}.items():
         if getattr(s, name) not in allowed: raise ValueError(f"{name} = {getattr(s, name)!r}: expected {' or '.join(map(repr, allowed))}")
     for name in ("n_crops", "hop", "epochs", "batch_size"):

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['FRAME_HZ', 'film_to_mel', 'mel_picture', 'read_film', 'check_request', 'translate']
 
-# %% ../../nbs/70_translate/79_use.ipynb #8db5098e
-import json
+# %% ../../nbs/70_translate/79_use.ipynb #bea802f9
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 
 from ..data.mrd import replacing, write_json
 from ..data.movies import fit_movie, read_frames, window_starts
-from .mel import MEL, METHODS, join_windows, to_wave
+from .mel import METHODS, join_windows, to_wave
 from .train import load_translator, run_facts
 
 # %% ../../nbs/70_translate/79_use.ipynb #44cd8932
