@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TranslatorConfig', 'Encoder', 'Decoder', 'slice_latent', 'reparametrise', 'CineTranslator', 'count_parameters',
-           'recon_loss']
+           'recon_loss', 'lively_start', 'KeepTimeConfig', 'KeepTime']
 
-# %% ../../nbs/70_translate/72_cine_translator.ipynb #955492e7
+# %% ../../nbs/70_translate/72_cine_translator.ipynb #4f8969ec
+import math
 from dataclasses import dataclass
 
 import torch
@@ -128,3 +129,55 @@ def recon_loss(
     if reduction == "sum": return 0.5*square.sum((-2, -1)).mean()
     if reduction == "mean": return square.mean()
     raise ValueError(f"reduction {reduction!r}: expected 'sum' or 'mean'")
+
+# %% ../../nbs/70_translate/72_cine_translator.ipynb #b4e43e42
+def lively_start(
+    model,      # a translator
+):              # the model
+    "Ours: starting weights that keep a signal's size from layer to layer (He et al. 2015), in place; torch's usual ones shrink it at each."
+    for layer in (l for l in model.modules() if hasattr(l, "kernel_size") and hasattr(l, "weight")):
+        taps = math.prod(layer.kernel_size)/(math.prod(layer.stride) if layer.transposed else 1)      # of the input, for one number of the output
+        nn.init.normal_(layer.weight, 0, (2/(layer.in_channels*taps))**.5); nn.init.zeros_(layer.bias)
+    if isinstance(model, CineTranslator):
+        with torch.no_grad():
+            model.encoder.convs[-1].weight[-model.config.n_word:] = 0               # sigma = 1 for every film
+            model.decoder.deconvs[-1].weight *= .3                                  # a picture that is not black and white
+    return model
+
+# %% ../../nbs/70_translate/72_cine_translator.ipynb #c5e2182e
+@dataclass(frozen=True)
+class KeepTimeConfig:
+    "What is needed to build our translator that keeps time."
+    n_frames: int = 26
+    matrix: int = 128            # pixels a side: 128, 64 or 32
+    n_mels: int = 64             # bands
+    n_columns: int = 64
+    channels: tuple = (8, 16, 32, 32, 64)   # of the 2-D convolutions
+    hidden: int = 128            # of the convolutions along time
+    drop: float = .3             # dropout between them
+    frame_hz: float = 26.
+    column_s: float = 333/22050  # from column to column (MelSettings.frame_s)
+    start_s: float = .02         # the first column's middle, after the film's beginning
+
+# %% ../../nbs/70_translate/72_cine_translator.ipynb #98abad3e
+class KeepTime(nn.Module, Pretrained):
+    "Ours: every column from the frames around its own moment."
+    config_class = KeepTimeConfig
+    def __init__(self, config=KeepTimeConfig()):
+        super().__init__()
+        c = self.config = config
+        widths, halvings = (2, *c.channels), (c.matrix//4).bit_length() - 1
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
+        self.pools = [2 if i < halvings else 1 for i in range(len(c.channels))]
+        self.times = nn.ModuleList(nn.Conv1d(a, b, 5, padding=2) for a, b in ((16*c.channels[-1], c.hidden), (c.hidden, c.hidden), (c.hidden, c.n_mels)))
+        at = ((c.start_s + torch.arange(c.n_columns)*c.column_s)*c.frame_hz - .5).clamp(0, c.n_frames - 1)
+        self.register_buffer("between", (1 - (at - torch.arange(c.n_frames)[:, None]).abs()).clamp(min=0), persistent=False)    # (frame, column)
+    def forward(self, frames, **_):   # (batch, frame, y, x) in [0, 1] -> dict: mel (batch, mel, time)
+        c = self.config
+        if frames.ndim != 4 or frames.shape[1:] != (c.n_frames, c.matrix, c.matrix): raise ValueError(f"frames of shape {tuple(frames.shape)}: expected (batch, {c.n_frames}, {c.matrix}, {c.matrix}); fit them with data.movies.fit_frames")
+        drop = lambda v: nn.functional.dropout(v, c.drop, self.training)
+        x = torch.stack([frames, 4*(frames - frames.mean(1, keepdim=True))], 2).flatten(0, 1)
+        for conv, pool in zip(self.convs, self.pools): x = nn.functional.max_pool2d(conv(x), pool).relu()
+        x = drop(x.flatten(1).unflatten(0, frames.shape[:2]).transpose(1, 2))
+        x = drop(self.times[0](x).relu()) @ self.between
+        return {"mel": self.times[2](drop(self.times[1](x).relu())).sigmoid()}
