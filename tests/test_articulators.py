@@ -124,3 +124,111 @@ def test_bad_calls_say_what_was_expected(talk):
 
 def test_parts_fit_the_outlines(talk):
     for name, (n, first, end) in PARTS.items(): assert talk[1][name].shape[1] == n and 0 <= first < end <= n
+
+
+# the tracker
+
+from sirem_nb.learning.tracker import (OUTLINES, Tracker, TrackerConfig, TrackerLoader, disturb, draw_frames, load_tracker, masks_of, move, read_contours, shape_model,  # noqa: E402
+                                       stack, to_grid, train_tracker, unstack)
+
+TRACKER = ROOT/"checkpoints"/"tracker"
+
+
+@pytest.fixture(scope="module")
+def tracker(): return load_tracker(TRACKER)
+
+
+@pytest.fixture(scope="module")
+def few(): return draw_frames(range(540000, 540002), 10)
+
+
+def test_outlines_go_into_points_and_back(few):
+    parts = unstack(few["points"])
+    assert {k: v.shape[1] for k, v in parts.items()} == OUTLINES and torch.equal(stack(parts), few["points"])
+    with pytest.raises(ValueError, match="velum"): stack({k: v for k, v in parts.items() if k != "velum"})
+    with pytest.raises(ValueError, match="at least 40"): shape_model(few["points"], 40)
+    mean, shapes = shape_model(few["points"], 15)
+    flat = (few["points"] - mean).flatten(1)
+    z = flat @ torch.linalg.pinv(shapes.flatten(1))
+    assert (z @ shapes.flatten(1) - flat).unflatten(1, (-1, 2)).norm(dim=-1).mean() < .1 and z.std(0) == pytest.approx(torch.ones(15), abs=.02)
+
+
+def test_the_grid_keeps_a_point_where_it_is_in_mm():
+    for n, pixel in ((64, 3.125), (84, 200/84), (68, 200/68), (101, 2.)):
+        y, x = ((torch.arange(n) - n//2)*pixel for _ in "yx")
+        spot = torch.exp(-((x - 11.)**2 + (y[:, None] + 23.)**2)/(2*9.**2))[None]
+        got, at = to_grid(spot, pixel)[0], (torch.arange(64) - 32)*3.125
+        centre = (got*at).sum()/got.sum(), (got*at[:, None]).sum()/got.sum()
+        assert centre == (pytest.approx(11, abs=.2), pytest.approx(-23, abs=.2)), n
+
+
+def test_moving_moves_picture_and_points_alike():
+    n, at = 112, (torch.arange(112) - 56)*(240/112)
+    where = torch.tensor([[-20., 12.], [15., -30.], [3., 25.]]*4)
+    spots = torch.exp(-((at - where[:, :1, None])**2 + (at[:, None] - where[:, 1:, None])**2)/(2*7.**2))
+    x, p = move(spots, where[:, None].expand(-1, 594, 2), torch.Generator().manual_seed(3))
+    grid = (torch.arange(64) - 32)*3.125
+    centre = torch.stack([(x*grid).sum((1, 2)), (x*grid[:, None]).sum((1, 2))], -1)/x.sum((1, 2))[:, None]
+    assert (p[:, 0] - where).norm(dim=-1).max() > 4 and torch.allclose(centre, p[:, 0], atol=.25)
+
+
+def test_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, few, monkeypatch):
+    from sirem_nb.learning import tracker as module
+    tiny, calls, loss = dict(people=1, per_speaker=8, epochs=3, steps=4, batch_size=8, progress=False, width=8, coefficients=12), [], module.tracker_loss
+    monkeypatch.setattr(module, "draw_frames", lambda *a: few)       # drawn once
+    losses = lambda d: [h["loss"] for h in json.loads((d/"curves.json").read_text())["history"]]
+    train_tracker(tmp_path/"a", **tiny)
+    def killed(model, batch):
+        calls.append(1)
+        if len(calls) == 8: raise KeyboardInterrupt                             # in the second epoch (five calls an epoch: four batches and a look)
+        return loss(model, batch)
+    monkeypatch.setattr(module, "tracker_loss", killed)
+    with pytest.raises(KeyboardInterrupt): train_tracker(tmp_path/"b", **tiny)
+    assert len(losses(tmp_path/"b")) == 1
+    monkeypatch.setattr(module, "tracker_loss", loss)
+    train_tracker(tmp_path/"b", resume=True, **tiny)
+    assert losses(tmp_path/"a") == losses(tmp_path/"b") and len(losses(tmp_path/"a")) == 3
+    loader = TrackerLoader(few, 4, 3, seed=1)
+    first = [b["points"] for b in loader]; loader.set_epoch(1); second = [b["points"] for b in loader]; loader.set_epoch(0)
+    assert all(torch.equal(a, b["points"]) for a, b in zip(first, loader)) and not torch.equal(first[0], second[0])
+
+
+def test_a_tracker_goes_to_disk_and_back(tmp_path, few):
+    torch.manual_seed(0)
+    model = Tracker(TrackerConfig(width=8, coefficients=10)).eval()
+    model.mean[:], model.shapes[:] = shape_model(few["points"], 10)
+    model.save_pretrained(tmp_path/"t")
+    x = disturb(few, torch.Generator().manual_seed(0))["frames"]
+    with torch.no_grad(): assert torch.equal(load_tracker(tmp_path/"t")(x), model(x))
+
+
+def test_the_shipped_tracker_is_small_and_reads_people_it_has_not_seen(tracker):
+    assert sum(p.numel() for p in tracker.parameters()) < 1e6 and sum(f.stat().st_size for f in TRACKER.rglob("*")) < 6e6
+    s = virtual_speaker(77)
+    u = perform(s, ["asouk", "apa"], 5)
+    p = u.at((np.arange(int(u.duration_s*50)) + .5)/50)
+    true = {k: v.numpy() for k, v in s.head.contours_mm(p).items()}
+    score = {m: articulator_scores(read_contours(s.head.render(p, m), tracker), true, 50., u.phones) for m in (64, 84)}
+    pose = articulator_scores(mean_pose([true], len(p)), true)
+    for m, got in score.items():
+        for k in ("tongue_mm", "lips_mm"): assert got[k] < 1.5 and got[k] < .5*pose[k], (m, k, got[k], pose[k])
+        assert got["lips_contact_f1"] > .6 and got["lips_opening_corr"] > .95 and got["palate_mm"] < 2
+
+
+def test_reading_does_not_depend_on_grey_scale_or_batch(tracker):
+    x = virtual_speaker(78).head.render(torch.zeros(3, 8), 64)
+    a = read_contours(x, tracker)
+    for b in (read_contours(300*x + 20, tracker), read_contours((x*255).round().to(torch.uint8), tracker), read_contours(x, tracker, 3.125, batch_size=1), read_contours(x.numpy(), tracker)):
+        assert max(np.abs(a[k] - b[k]).max() for k in a) < .25
+
+
+def test_frames_without_a_mouth_are_nan_and_bad_calls_say_so(tracker, tmp_path):
+    x = virtual_speaker(78).head.render(torch.zeros(3, 8), 64)
+    x[1], x[2, 3, 3] = .5, float("inf")
+    got = read_contours(x, tracker)
+    assert all(np.isfinite(v[0]).all() and np.isnan(v[1:]).all() for v in got.values())
+    assert read_contours(x[:0], tracker)["tongue"].shape == (0, 134, 2) and not masks_of(got)["tongue"][1].any() and masks_of(got)["tongue"][0].sum() > 100
+    for call, text in ((lambda: read_contours(x[0], tracker), "expected \\(n, y, x\\)"), (lambda: read_contours(x, tracker, 0.), "0.2 to 10")):
+        with pytest.raises(ValueError, match=text): call()
+    with pytest.raises(FileNotFoundError): load_tracker(tmp_path)
+    with pytest.raises(ValueError): load_tracker(ROOT/"checkpoints"/"translate-cine")
