@@ -7,7 +7,7 @@ __all__ = ['ROWS', 'LEVELS', 'toy_talk', 'toy_talks', 'DiffusionSettings', 'make
            'rate_at', 'new_optimizer', 'precision', 'clip_loss', 'loss_fn', 'judge', 'motion', 'new_model',
            'choose_recordings', 'keep_going', 'train_diffusion', 'load_diffusion']
 
-# %% ../../nbs/80_diffusion/86_train.ipynb #e38a4c8b
+# %% ../../nbs/80_diffusion/86_train.ipynb #62312a26
 import contextlib
 import copy
 import json
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..data.mrd import write_json
 from .condition import ClipLoader, Talks, feature_stats, read_talks, speech_vectors, three_splits
 from .noise import denoise, draw_sigma, edm_loss, measure_sigma_data
-from .unet3d import PAPER, SMALL, UNet3D
+from .unet3d import PAPER, SMALL, UNet3D, known_up_to
 from ..learning.checkpoint import Pretrained
 from ..learning.speech_encoders import load_encoder
 from ..learning.training import Run, epoch_seed, run_epoch, save_state, settings_of, wait
@@ -61,7 +61,7 @@ def toy_talks(
             for place, value in ((talks.videos, video), (talks.features, speech_vectors(wave, 16000, n, encoder)), (talks.names, name), (talks.subjects, name[:6]), (talks.kinds, "script" if j < n_script else "free")): place.append(value)
     return talks
 
-# %% ../../nbs/80_diffusion/86_train.ipynb #43ac56ef
+# %% ../../nbs/80_diffusion/86_train.ipynb #d98917cd
 @dataclass(frozen=True)
 class DiffusionSettings:
     "How a generator is trained. The paper's value, or the released code's, stands where ours is another."
@@ -77,7 +77,7 @@ class DiffusionSettings:
     ema: float = 0.05                # half-life of the weights' running mean, as a share of the steps so far; released code: none
     drop: float = 0.1                # share of clips whose sound is hidden; released code: 0.1
     context: tuple = (0, 1, 2, 3, 4) # how many past frames are given, drawn for each clip; paper: 1
-    context_sigma: tuple = (0.01, 0.3)   # their noise, between these; paper: none, (0, 0)
+    context_sigma: tuple = (0.01, 0.2)   # their noise, between these; paper: none, (0, 0)
     P_mean: float = 0.7              # ours; EDM and released code: -1.2
     P_std: float = 1.6               # ours; EDM and released code: 1.2
     mixed: bool | None = None        # bfloat16 where it is safe; None: on CUDA only
@@ -171,19 +171,18 @@ def new_optimizer(
     optimizer.register_step_pre_hook(warm); optimizer.register_step_post_hook(model.follow)
     return optimizer
 
-# %% ../../nbs/80_diffusion/86_train.ipynb #e5c94595
+# %% ../../nbs/80_diffusion/86_train.ipynb #1857c39f
 def precision(device, mixed=None):
     "The context in which the network runs: bfloat16 where it is safe, or plain float32."
     mixed = device.type == "cuda" if mixed is None else mixed
     return torch.autocast(device.type, torch.bfloat16) if mixed else contextlib.nullcontext()
 
 def clip_loss(net, x, sigma, noise, known, **conditions):
-    "EDM's loss; for clips with known frames in units of the spread that is left when the reference is known."
+    "EDM's loss; where a reference is used, in units of what it and the noisy frame leave open."
     c = net.config
     if not c.reference: return edm_loss(net, x, sigma, c.edm, noise, known, **conditions)
     error = (denoise(net, x + sigma[..., None, None, None]*noise, sigma, c.edm, **conditions) - x).square().mean((2, 3, 4))
-    spread = torch.where(known.any(1, keepdim=True), c.motion_std, c.edm.sigma_data)
-    return ((~known)*(1/sigma.clamp_min(1e-3)**2 + 1/spread**2)*error).sum()/(~known).sum()
+    return ((~known)*error/known_up_to(sigma.clamp_min(c.edm.sigma_min)**2, c)[1]).sum()/(~known).sum()
 
 def loss_fn(mixed=None):
     "What train_step of notebook 53 wants: (model, batch) -> scalar."

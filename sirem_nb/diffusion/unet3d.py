@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'PAPER', 'UNet3DConfig', 'noise_embedding', 'TimeBias', 'Attention', 'ChannelNorm', 'Residual', 'Level',
-           'SpeechPath', 'U', 'beside_reference', 'UNet3D']
+           'SpeechPath', 'U', 'known_up_to', 'beside_reference', 'UNet3D']
 
 # %% ../../nbs/80_diffusion/82_unet3d.ipynb #4954a436
 import math
@@ -170,23 +170,32 @@ class U(nn.Module):
             h = level(torch.cat([F.pixel_shuffle(grow(h), 2), skip], 1), e, b, speech)
         return h
 
-# %% ../../nbs/80_diffusion/82_unet3d.ipynb #e687d6a9
+# %% ../../nbs/80_diffusion/82_unet3d.ipynb #019077fa
+def known_up_to(
+    s,  # (b, t) sigma^2 of each frame
+    c,  # UNet3DConfig
+):      # v (b, 1): how well the cleanest frame tells the others; p^2 (b, t): what is left open when the noisy frame is looked at too
+    "Variances in a world where a clip's frames are its cleanest frame, moved a little."
+    r, data = s.amin(1, keepdim=True), c.edm.sigma_data**2
+    v = r*data/(r + data) + c.motion_std**2
+    return v, v*s/(v + s)
+
+# %% ../../nbs/80_diffusion/82_unet3d.ipynb #03eb896f
 def beside_reference(
     x,        # (b, t, 1, y, x) scaled by c_in
     c_noise,  # (b, t): ln(sigma)/4
     c,        # UNet3DConfig
-):            # (b, t, 2, y, x): each frame beside the cleanest one of its clip; F_0 (b, t, 1, y, x)
+):            # (b, t, 2, y, x): each frame beside the cleanest one of its clip; F_0 (b, t, 1, y, x); p/c_out (b, t, 1, 1, 1)
     "The reference, and what it lets a Gaussian world expect."
-    who, data = c_noise.argmin(1), c.edm.sigma_data**2
-    clean = x[torch.arange(len(x), device=x.device), who][:, None]
-    s = (8*c_noise.float()).exp()[..., None, None, None]                                 # sigma^2
-    r = s[torch.arange(len(x), device=x.device), who][:, None]
-    frame, ref = x*(s + data).sqrt(), clean*(r + data).sqrt()                            # without the scale
-    v = r*data/(r + data) + c.motion_std**2
-    guess = (v*frame + s*ref*data/(data + r))/(v + s)
-    return torch.cat([x, clean.expand_as(x)], 2), (guess - frame*data/(s + data))*((s + data)/(s*data)).sqrt()
+    s, data, which = (8*c_noise.float()).exp(), c.edm.sigma_data**2, c_noise.argmin(1)                  # sigma^2
+    clean = x[torch.arange(len(x), device=x.device), which][:, None]
+    v, p2 = known_up_to(s, c)
+    s, r, v, p2 = (n[..., None, None, None] for n in (s, s.amin(1, keepdim=True), v, p2))
+    frame, mean, out = x*(s + data).sqrt(), clean*data/(r + data).sqrt(), (s*data/(s + data)).sqrt()    # x without c_in, m, c_out
+    guess = (v*frame + s*mean)/(v + s)
+    return torch.cat([x, clean.expand_as(x)], 2), (guess - frame*data/(s + data))/out, p2.sqrt()/out
 
-# %% ../../nbs/80_diffusion/82_unet3d.ipynb #ba2c8835
+# %% ../../nbs/80_diffusion/82_unet3d.ipynb #a8ec3fdf
 class UNet3D(nn.Module, Pretrained):
     "The network F of EDM: it gets c_in x and ln(sigma)/4, and each frame has a noise level of its own."
     config_class = UNet3DConfig
@@ -199,7 +208,6 @@ class UNet3D(nn.Module, Pretrained):
         self.stem, self.u = nn.Conv2d(c.patch**2*(1 + c.reference), c.dim, 3, padding=1), U(c)
         self.head = nn.Sequential(ChannelNorm(c.dim), nn.SiLU(), nn.Conv2d(c.dim, c.patch**2, 3, padding=1))
         nn.init.zeros_(self.head[-1].weight); nn.init.zeros_(self.head[-1].bias)
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, x, c_noise, features=None, drop=None):     # -> (b, t, 1, y, x)
         "F. Raises ValueError: frames of another size, speech vectors that do not fit."
@@ -207,6 +215,6 @@ class UNet3D(nn.Module, Pretrained):
         if x.shape[2:] != (1, c.size, c.size): raise ValueError(f"movie of shape {tuple(x.shape)}: expected (batch, time, 1, {c.size}, {c.size})")
         s, e = self.speech(features, b, t, drop), self.noise(noise_embedding(c_noise, 64))
         e = F.silu(e if self.to_vector is None else e + self.to_vector(s)).flatten(0, 1)
-        x, start = beside_reference(x, c_noise, c) if c.reference else (x, 0.)
+        x, start, unit = beside_reference(x, c_noise, c) if c.reference else (x, 0., 1.)
         h = self.stem(F.pixel_unshuffle(x.flatten(0, 1), c.patch).contiguous(memory_format=torch.channels_last))
-        return start + F.pixel_shuffle(self.head(self.u(h, e, b, s)), c.patch).view(b, t, 1, c.size, c.size)
+        return start + unit*F.pixel_shuffle(self.head(self.u(h, e, b, s)), c.patch).view(b, t, 1, c.size, c.size)
