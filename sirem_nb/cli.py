@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'train_app', 'Seed', 'Device', 'Workers', 'Raw', 'Data', 'RECON_METHODS', 'TABLES', 'weights_app', 'numbers',
            'positive', 'one_of', 'pick_device', 'main', 'simulate', 'info', 'write_film', 'recon', 'fusion',
-           'translate', 'assignments', 'meet', 'translate_movie', 'kind_of_run', 'evaluate', 'tune', 'bench',
-           'weights_list', 'weights_fetch', 'weights_from_file', 'demo']
+           'translate', 'assignments', 'meet', 'translate_movie', 'diffusion', 'generate', 'kind_of_run', 'tables_of',
+           'evaluate', 'tune', 'bench', 'weights_list', 'weights_fetch', 'weights_from_file', 'demo']
 
 # %% ../nbs/90_use/91_cli.ipynb #4b4faece
 import json, os, sys, time
@@ -376,12 +376,55 @@ def translate_movie(
     for note in found.get("notes", []): print(f"sirem: note: {note}", file=sys.stderr)
     for f in (out, out.with_suffix(".png"), out.with_suffix(".json")): print(f"wrote {f}")
 
-# %% ../nbs/90_use/91_cli.ipynb #4245c8cc
-TABLES = {"fusion": ("fusion", "paper", "left-out"), "translate": ("translate",), None: ("paper", "left-out")}     # what can be made of which kind of run
+# %% ../nbs/90_use/91_cli.ipynb #e631c668
+@train_app.command(epilog="Example: sirem train diffusion talks --out run")
+def diffusion(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="folder of the run: best/, curves.json, settings.json, split.json")],
+    row: Annotated[str, typer.Option(help="ours, or paper: its network, condition and noise, for a GPU")] = "ours",
+    encoder: Annotated[str, typer.Option(help="speech vectors: logmel needs no weights; see sirem weights list")] = None,
+    epochs: Annotated[int, typer.Option(help="default: that of the settings")] = None,
+    settings: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="any other setting, such as lr=0.0003 (see DiffusionSettings); several times")] = None,
+    split: Annotated[Path, typer.Option(help="a .json with train, unseen_speech, unseen_subject, both: lists of recordings; default: drawn by --seed")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on where a stopped run was")] = False,
+    cache: Annotated[Path, typer.Option(help="where small movies and speech vectors are kept")] = None,
+    device: Device = "auto", seed: Seed = 0,
+):
+    "Train a generator from speech to movies."
+    from sirem_nb.diffusion.train import ROWS, train_diffusion
+    from sirem_nb.learning.training import world
+    one_of(row, ROWS, "--row"); positive(epochs, "--epochs")
+    given = {k: v for k, v in (("encoder", encoder), ("epochs", epochs)) if v is not None} | assignments(settings)
+    train_diffusion(data, out, split, resume, meet(pick_device(device)), cache, row=row, **{"seed": seed} | given)
+    if world()[0] == 0: print(f"wrote {out/'best'}")
+
+# %% ../nbs/90_use/91_cli.ipynb #2887db46
+@app.command(epilog="Example: sirem generate speech.wav --checkpoint run --first-frame head.png --out x.mp4")
+def generate(
+    wav: Annotated[Path, typer.Argument(metavar="WAV", help="the speech: wav, flac, ogg or mp3, of any rate")],
+    checkpoint: Annotated[Path, typer.Option(help="what sirem train diffusion wrote, or a folder in checkpoints/")],
+    out: Annotated[Path, typer.Option(help="the .mp4, with the sound in it; a .json lies beside it")],
+    first_frame: Annotated[Path, typer.Option(help="whose mouth: a picture, a movie, .h5 or .npy; default: the one kept in the checkpoint")] = None,
+    seconds: Annotated[float, typer.Option(help="so much of the sound; default: all")] = None,
+    steps: Annotated[int, typer.Option(help="of the sampler, for each clip: more is better and slower")] = 8,
+    guidance: Annotated[float, typer.Option(help="above 1: the sound counts more than it should, at twice the cost")] = 1.0,
+    encoder_path: Annotated[Path, typer.Option(help="folder of the speech encoder's weights, where it has some")] = None,
+    device: Device = "auto", seed: Seed = 0,
+):
+    "A movie of a mouth that says what is heard. A guess about speakers like those of the training data, never a finding."
+    from sirem_nb.diffusion.use import generate_movie
+    for value, name in ((seconds, "--seconds"), (steps, "--steps"), (guidance, "--guidance")): positive(value, name)
+    more = dict(first_frame=first_frame, seconds=seconds, steps=steps, guidance_scale=guidance, seed=seed)
+    found = generate_movie(wav, checkpoint, out, device=pick_device(device), encoder_path=str(encoder_path) if encoder_path else None, **more)
+    for note in found["notes"]: print(f"sirem: note: {note}", file=sys.stderr)
+    for f in (out, out.with_suffix(".json")): print(f"wrote {f}")
+
+# %% ../nbs/90_use/91_cli.ipynb #ffff1e6d
+TABLES = {"fusion": ("fusion", "paper", "left-out"), "translate": ("translate",), "diffusion": ("diffusion", "drift"), None: ("paper", "left-out")}     # what can be made of which kind of run
 
 def kind_of_run(
     run,  # folder, or None
-):        # "fusion", "translate" or None
+):        # "fusion", "translate", "diffusion" or None
     "What trained the run in a folder. Raises ValueError for a folder without one."
     if run is None: return None
     run = Path(run)
@@ -396,31 +439,44 @@ def kind_of_run(
         if "arms_per_frame" in found: return "fusion"
     raise ValueError(f"{run}: no run in it; expected what sirem train wrote")
 
-# %% ../nbs/90_use/91_cli.ipynb #abe75240
+# %% ../nbs/90_use/91_cli.ipynb #697f9486
+def tables_of(
+    run,     # folder, or None
+    tables,  # "fusion,paper", or None
+):           # list of str
+    "Which tables to make; ValueError for one that does not go with the run."
+    kind, every = kind_of_run(run), [t for ts in TABLES.values() for t in ts]
+    todo = [one_of(t.strip(), dict.fromkeys(every), "--tables") for t in tables.split(",")] if tables else [t for t in TABLES[kind] if t not in ("left-out", "drift")]
+    for t in (t for t in todo if t not in TABLES[kind]):
+        maker = next(k for k, ts in TABLES.items() if t in ts)
+        raise ValueError(f"the table {t} needs --run: a folder that sirem train {maker} wrote" + (f"; {run} is a run of sirem train {kind}" if kind else ""))
+    return todo
+
+# %% ../nbs/90_use/91_cli.ipynb #b0332453
 @app.command(epilog="Example: sirem evaluate data --run run --out tables")
 def evaluate(
     data: Data,
-    out: Annotated[Path, typer.Option(help="folder: fusion.json, .md, .png and maps; paper_tables.json, paper.md and pictures; translate.json, .md, .png")],
+    out: Annotated[Path, typer.Option(help="folder: fusion.json, .md, .png and maps; paper_tables.json, paper.md and pictures; translate.json, .md, .png; diffusion.json, drift.json")],
     run: Annotated[Path, typer.Option(help="what sirem train wrote, or a folder with several runs of SIREM; default: none")] = None,
-    tables: Annotated[str, typer.Option(help="fusion, paper, left-out, translate, several with commas; default: all that goes with the run but left-out; without a run paper")] = None,
+    tables: Annotated[str, typer.Option(help="fusion, paper, left-out; translate; diffusion, drift; several with commas; default: all that goes with the run but left-out and drift; without a run paper")] = None,
     part: Annotated[str, typer.Option(help="part of the run's split: train, val or test")] = "test",
     arms_per_frame: Annotated[int, typer.Option(help="of the paper's tables; default: the largest that was trained, or a full rotation")] = None,
     methods: Annotated[str, typer.Option(help="rows of the paper's tables; default: all")] = None,
     targets: Annotated[str, typer.Option(help="what the paper's tables compare with: tv,gridding,wavelet,truth")] = "tv,gridding,wavelet,truth",
+    utterances: Annotated[int, typer.Option(help="how many are generated of each part (diffusion, drift); default: 24; 20")] = None,
     recogniser: Annotated[bool, typer.Option("--recogniser", help="word error rate by the Moonshine recogniser (table translate)")] = False,
     cache: Annotated[Path, typer.Option(help="where arm pictures and fitted films are kept")] = None,
     max_frames: Annotated[int, typer.Option(help="at most so many frames of a recording; default: all")] = None, seed: Seed = 0,
 ):
     "The tables: every method, its ablations and controls."
     one_of(part, ("train", "val", "test"), "--part"); positive(max_frames, "--max-frames"); positive(arms_per_frame, "--arms-per-frame")
-    for t in (tables or "").split(",") if tables else []: one_of(t.strip(), [t for ts in TABLES.values() for t in ts], "--tables")
-    kind = kind_of_run(run); todo = [t.strip() for t in tables.split(",")] if tables else [t for t in TABLES[kind] if t != "left-out"]
-    for t in todo:
-        if t not in TABLES[kind]: raise ValueError(f"the table {t} needs --run: {'a folder that sirem train ' + next(k for k, ts in TABLES.items() if t in ts) + ' wrote'}" + (f"; {run} is a run of sirem train {kind}" if kind else ""))
+    positive(utterances, "--utterances"); todo = tables_of(run, tables)
     if "fusion" in todo: _fusion_tables(data, run, out, part, cache, max_frames)
     if "paper" in todo: _paper_tables(data, run, out, part, arms_per_frame, methods, targets, cache, max_frames)
     if "left-out" in todo: _left_out_table(data, run, out, cache, max_frames, seed)
     if "translate" in todo: _translate_table(data, run, out, part, cache, recogniser)
+    if "diffusion" in todo: _diffusion_table(data, run, out, cache, utterances or 24, seed)
+    if "drift" in todo: _drift_table(data, run, out, cache, utterances or 20, seed)
 
 # %% ../nbs/90_use/91_cli.ipynb #ddccdaed
 def _translate_table(data, run, out, part, cache, recogniser):
@@ -430,6 +486,30 @@ def _translate_table(data, run, out, part, cache, recogniser):
     if (run/"folds").is_dir(): evaluate_folds(run, data, to=out, **kw)
     else: score_translator(data, run, out, part, **kw)
     for f in ("translate.json", "translate.md", "translate.png"): print(f"wrote {out/f}")
+
+# %% ../nbs/90_use/91_cli.ipynb #811625f9
+def _tracker():
+    "The network that reads outlines from generated frames."
+    from importlib.util import find_spec
+    folder = Path(find_spec("sirem_nb").origin).resolve().parents[1]/"checkpoints"/"tracker"
+    if not folder.is_dir(): raise FileNotFoundError(f"{folder}: no such folder; an installed wheel has no checkpoints: get checkpoints/tracker of the repository")
+    return folder
+
+def _diffusion_table(data, run, out, cache, utterances, seed):
+    from sirem_nb.diffusion.scores import score_diffusion
+    score_diffusion(data, run, out, n=utterances, tracker=_tracker(), cache=cache, seed=seed)
+    for f in ("diffusion.json", "diffusion.meta.json"): print(f"wrote {out/f}")
+
+def _drift_table(data, run, out, cache, utterances, seed):
+    from sirem_nb.diffusion import scores
+    from sirem_nb.diffusion.condition import read_talks
+    from sirem_nb.diffusion.train import load_diffusion
+    net = load_diffusion(run)
+    talks = read_talks(data, net.config.encoder, net.config.size, cache=cache)
+    us = scores.utterances(talks, scores.split_of(run, talks)["both"], utterances, 10., "both")
+    rows = scores.drift(net, us, scores.reader_of(_tracker()), seed=seed)
+    scores.write_scores(out, "drift", scores.drift_records(rows, split="both") + scores.drift_verdict(rows, split="both"), {"run": str(run), "utterances": len(us), "seconds": 10, "seed": seed})
+    for f in ("drift.json", "drift.meta.json"): print(f"wrote {out/f}")
 
 # %% ../nbs/90_use/91_cli.ipynb #108afa77
 def _fusion_tables(data, run, out, part, cache, max_frames):

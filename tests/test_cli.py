@@ -7,7 +7,7 @@ from sirem_nb.data.mrd import read_recon
 from sirem_nb.data.sync import read_movie, write_movie
 
 SIREM = Path(sys.executable).parent/"sirem"
-COMMANDS = [["simulate"], ["info"], ["recon"], ["tune"], ["train", "fusion"], ["train", "translate"], ["translate"], ["evaluate"], ["bench"], ["weights", "list"], ["weights", "fetch"], ["weights", "from-file"], ["demo"]]
+COMMANDS = [["simulate"], ["info"], ["recon"], ["tune"], ["train", "fusion"], ["train", "translate"], ["train", "diffusion"], ["translate"], ["evaluate"], ["bench"], ["weights", "list"], ["weights", "fetch"], ["weights", "from-file"], ["demo"]]
 
 
 def run(*argv, **kw): return subprocess.run([SIREM, *map(str, argv)], capture_output=True, text=True, **kw)
@@ -113,6 +113,8 @@ BAD = {
     "empty movie": ["simulate", "{d}/s", "--video", "{d}/empty.mp4"], "text as movie": ["simulate", "{d}/s", "--video", "{d}/text.mp4"], "no movie": ["simulate", "{d}/s", "--video", "{d}/none.mp4"],
     "negative snr": ["simulate", "{d}/s", "--snr", "-1"], "unknown word": ["simulate", "{d}/s", "--speakers", "1", "--words", "xqzzt"], "arms that are not played": ["simulate", "{d}/s", "--video", "{movie}", "--play", "3,77"],
     "a file as folder": ["simulate", "{d}/text.h5"], "folder without recordings": ["train", "fusion", "{d}/empty", "--out", "{d}/r"],
+    "folder without talks": ["train", "diffusion", "{d}/empty", "--out", "{d}/r"], "unknown row of the generator": ["train", "diffusion", "{data}", "--out", "{d}/r", "--row", "magic"],
+    "translator's table of a folder without a run": ["evaluate", "{data}", "--run", "{d}/empty", "--out", "{d}/t", "--tables", "translate"], "translator's table without a run": ["evaluate", "{data}", "--out", "{d}/t", "--tables", "translate"],
     "split that overlaps": ["train", "fusion", "{data}", "--out", "{d}/r", "--split", "{d}/split.json"], "unknown encoder": ["train", "fusion", "{data}", "--out", "{d}/r", "--encoder", "magic"],
     "run that is none": ["evaluate", "{data}", "--run", "{d}/empty", "--out", "{d}/t"], "too few speakers": ["demo", "--out", "{d}/demo", "--speakers", "2"],
     "weights nobody knows": ["weights", "from-file", "magic", "{raw}"], "weights with another checksum": ["weights", "from-file", "moonshine", "{d}/text.h5"],
@@ -185,6 +187,17 @@ def test_a_cine_movie_is_simulated_and_translated(tmp_path, root):
     assert main(["translate", str(movie), "--checkpoint", str(root/"checkpoints"/"translate-cine"), "--out", str(tmp_path/"x.wav")]) == 0
     wave, rate = soundfile.read(tmp_path/"x.wav")
     assert rate == 22050 and len(wave) > 0.8*rate and np.isfinite(wave).all() and (tmp_path/"x.png").exists() and (tmp_path/"x.json").exists()
+
+
+def test_movies_without_raw_data(tmp_path, capsys):
+    assert main(["simulate", str(tmp_path/"d"), "--no-raw", "--speakers", "1", "--words", "asouk", "--free", "1", "--matrix", "64", "--workers", "1"]) == 0
+    said = capsys.readouterr().out.split()
+    films = [Path(w) for w in said if w.endswith(".mp4")]
+    assert len(films) == 2 and not list((tmp_path/"d").rglob("*_raw.h5"))
+    for f in films:
+        frames, fps, wave, rate = read_movie(f)
+        assert frames.shape[1] == frames.shape[2] and not frames.shape[1] % 64 and fps == pytest.approx(50) and abs(len(wave)/rate - len(frames)/50) < .1 and np.abs(wave).max() > .05 and float(frames.std()) > .05
+    assert main(["simulate", str(tmp_path/"e"), "--no-raw", "--video", str(films[0])]) == 2 and "a movie already" in capsys.readouterr().err
 
 
 def test_same_seed_same_data(tmp_path):

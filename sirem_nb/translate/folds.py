@@ -6,8 +6,8 @@
 __all__ = ['CONTROLS', 'BETTER', 'SMOKE', 'Stack', 'StackLoader', 'training_of', 'fit_folds', 'fold_file', 'fold_record',
            'run_folds', 'chosen_folds', 'leave_one_out', 'folds_map', 'measure_folds_per_hour', 'guesses_of',
            'controls_of', 'score_guess', 'judged', 'table_means', 'beats', 'translate_verdict', 'translate_table',
-           'spectrogram_figure', 'write_translate', 'read_folds', 'folds_note', 'evaluate_folds', 'score_translator',
-           'machine_facts', 'ablation_table']
+           'spectrogram_figure', 'write_translate', 'read_folds', 'folds_note', 'evaluate_folds', 'strangers',
+           'score_translator', 'machine_facts', 'ablation_table']
 
 # %% ../../nbs/70_translate/78_folds.ipynb #b6e52cd3
 import builtins, copy, json, logging, os, platform, re, time
@@ -203,7 +203,7 @@ def measure_folds_per_hour(
         found[name] = round(3600*len(folds)/(time.perf_counter() - begun), 1)
     return {**found, "n": len(folds), "row": row, "device": str(device), "threads": torch.get_num_threads(), "settings": asdict(s)}
 
-# %% ../../nbs/70_translate/78_folds.ipynb #c00602fd
+# %% ../../nbs/70_translate/78_folds.ipynb #8c87601f
 CONTROLS = {"mean-spectrogram": "mean of all training recordings", "mean-of-word": "mean of the training recordings of the right word",
             "other-speaker": "the right word from another speaker", "true-mel": "the true spectrogram itself: what the way back to sound costs"}
 
@@ -216,7 +216,8 @@ def guesses_of(
     "What can be guessed without looking at the film."
     g, words, out = np.random.default_rng([78, seed, *test.tolist()]), data.words, {k: {} for k in CONTROLS}
     for i in test.tolist():
-        out["mean-spectrogram"][i], out["true-mel"][i] = data.target[learn].mean(0), data.middle[i]
+        out["true-mel"][i] = data.middle[i]
+        if len(learn): out["mean-spectrogram"][i] = data.target[learn].mean(0)
         if not len(same := learn[words[learn] == words[i]]): continue
         out["mean-of-word"][i], out["other-speaker"][i] = data.target[same].mean(0), data.middle[same[int(g.integers(len(same)))]]
     return out
@@ -405,26 +406,39 @@ def evaluate_folds(
         for row, of in guesses.items(): pictures.setdefault(row, {}).update({i: m for i, m in of.items() if i not in pictures.get(row, {})})
     return write_translate(to or out, films, records, pictures, folds_note(found, s, len(films.subjects)))
 
-# %% ../../nbs/70_translate/78_folds.ipynb #9dea9bb9
+# %% ../../nbs/70_translate/78_folds.ipynb #b2803ea5
+def strangers(
+    data,   # Films
+    split,  # {"train": [subject], "val", "test"} of the run
+    part,   # "train", "val" or "test"
+    name,   # of the split, for messages
+):          # [(recordings to guess from, recordings to judge)], sentence
+    "Who is judged, and by whose help the controls guess."
+    known, here = set().union(*split.values()), data.subjects
+    if known.isdisjoint(here): return [(data.of(set(here) - {w}), data.of([w])) for w in here], f"{len(here)} speaker(s) of other data"
+    learn, test = data.of(split["train"]), data.of(split[part])
+    if not len(test) or not len(learn): raise ValueError(f"no recording of the {part} speakers of {name} in the data: evaluate on the run's own data, or on data of other speakers alone")
+    return [(learn, test)], f"{len({data.pairs[i].subject for i in test.tolist()})} {part} speaker(s)"
+
+# %% ../../nbs/70_translate/78_folds.ipynb #d40379e6
 @torch.no_grad()
 def score_translator(
-    data,            # the run's data
+    data,            # the run's data, or data of speakers that are not in its split
     folder,          # what train_translator wrote, or a checkpoint with its settings.json and split.json
     out=None,        # folder for translate.json, .md, .png; None: write nothing
     part="test",     # part of the run's split
     cache=None, waves=True, recogniser=None,
 ):                   # list of flat records
-    "One trained translator on speakers of its split that it was not trained on, beside the controls."
+    "One trained translator on speakers that it was not trained on, beside the controls."
     facts, file = run_facts(folder), next((f for f in (Path(folder)/"split.json", Path(folder).parent/"split.json") if f.is_file()), Path(folder)/"split.json")
-    split = read_split(file)
     s = make_settings(**{k: v for k, v in facts.items() if k in {f.name for f in fields(TranslateSettings)} and k != "n_train"})
-    films, model = prepare_pairs(data, s, cache), load_translator(folder)
-    learn, test = films.of(split["train"]), films.of(split[part])
-    if not len(test) or not len(learn): raise ValueError(f"no recording of the {part} speakers of {file} in the data: evaluate on the run's own data")
-    mels = torch.cat([model(films.films[i])["mel"] for i in test.split(16)])
-    guesses = {facts["row"]: dict(zip(test.tolist(), mels)), **guesses_of(films, learn, test, s.seed)}
+    films, model, split = prepare_pairs(data, s, cache), load_translator(folder), read_split(file)
+    (groups, who), guesses = strangers(films, split, part, file), {facts["row"]: {}}
+    for learn, test in groups:
+        mels = torch.cat([model(films.films[i])["mel"] for i in test.split(16)])
+        for row, of in {facts["row"]: dict(zip(test.tolist(), mels)), **guesses_of(films, learn, test, s.seed)}.items(): guesses.setdefault(row, {}).update(of)
     records = judged(films, guesses, waves, recogniser, kind=s.kind, seed=s.seed)
-    note = f"{s.kind}, {s.matrix} x {s.matrix} pixels, one run, {len(split[part])} {part} speaker(s), {len(split['train'])} training speakers, {s.epochs} epochs"
+    note = f"{s.kind}, {s.matrix} x {s.matrix} pixels, one run, {who}, {len(split['train'])} training speakers, {s.epochs} epochs"
     return write_translate(out, films, records, guesses, note) if out is not None else table_means(records) + records
 
 # %% ../../nbs/70_translate/78_folds.ipynb #339f5cd6
