@@ -1,0 +1,113 @@
+"""How good is the shipped generator? Scores, curves, a film strip, real speech (study 957). One thread; each stage adds to results/speech_to_video.*
+
+    python tests/by_hand/speech_to_video.py piles  DATA CACHE                 # I3D features of what does not depend on the model
+    python tests/by_hand/speech_to_video.py scores DATA CACHE MODEL [PART ...]  # all rows of the parts of the split
+    python tests/by_hand/speech_to_video.py fvd    DATA CACHE MODEL           # FVD of the model's films, unseen speech
+    python tests/by_hand/speech_to_video.py curves DATA CACHE MODEL           # steps and solvers, guidance
+    python tests/by_hand/speech_to_video.py strip  DATA CACHE MODEL           # frames for a picture
+
+DATA: `sirem simulate DATA --no-raw --free ...` as checkpoints/README.md says; MODEL: checkpoints/diffusion-small.
+"""
+import datetime
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sirem_nb.data.mrd import write_json
+from sirem_nb.diffusion import scores as sc
+from sirem_nb.diffusion.condition import read_talks, three_splits
+from sirem_nb.diffusion.train import load_diffusion
+from sirem_nb.evaluate.perceptual import load_lpips
+from sirem_nb.evaluate.video import Blocks, clip_features, fvd, load_i3d
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[2]
+OUT, TRACKER = ROOT/"results"/"speech_to_video.json", ROOT/"checkpoints"/"tracker"
+N, SECONDS, PILE, SEED = {"unseen_speech": 30, "unseen_subject": 24, "both": 24}, 2., 256, 0
+MAKING = dict(method="overlap", context=3, known_sigma=.1, steps=8, solver="dpm2m", guidance_scale=1.)   # what sirem generate does
+
+
+def world(data, cache):
+    talks = read_talks(data, cache=cache)
+    return talks, three_splits(talks, SEED)
+
+
+def keep(stage, records, **about):
+    "Replace one stage's records and its line of the meta file."
+    old = [r for r in json.loads(OUT.read_text()) if r["stage"] != stage] if OUT.exists() else []
+    file = OUT.with_suffix(".meta.json"); meta = json.loads(file.read_text()) if file.exists() else {}
+    write_json(OUT, old + [{**r, "stage": stage} for r in records])
+    about |= {"command": f"python tests/by_hand/speech_to_video.py {stage.split('/')[0]} DATA CACHE MODEL", "date": datetime.date.today().isoformat(), "cpu_s": round(time.process_time())}
+    machine = {"cores": os.cpu_count(), "threads": 1, "python": platform.python_version(), "torch": torch.__version__, "seed": SEED, "seconds": SECONDS, "making": MAKING}
+    write_json(file, {**meta, **machine, "stages": {**meta.get("stages", {}), stage: about}})
+
+
+def some(clips, n=PILE): return clips[torch.linspace(0, len(clips) - 1, min(n, len(clips))).round().long()]
+
+
+def piles(data, cache):
+    talks, split = world(data, cache)
+    us, i3d = sc.utterances(talks, split["unseen_speech"], N["unseen_speech"], SECONDS, "unseen_speech"), load_i3d()
+    films = {"training": sc.training_clips(talks, split["train"], PILE), "training-again": sc.training_clips(talks, split["train"], 2*PILE + 1)[1::2],
+             "truth": some(sc.clips_of(torch.stack([u.video for u in us])))}
+    for name, clips in films.items():
+        np.save(Path(cache)/f"i3d-{name}.npy", clip_features(clips, i3d, 1.).numpy())
+        print(name, len(clips), "clips", round(time.process_time()), "s", flush=True)
+
+
+def scores(data, cache, model, *parts):
+    talks, split = world(data, cache)
+    net, reader, others, lpips = load_diffusion(model), sc.reader_of(TRACKER), sc.training_clips(talks, split["train"], PILE), load_lpips()
+    for part in parts or N:
+        us = sc.utterances(talks, split[part], N[part], SECONDS, part)
+        records, films = sc.score_part(net, us, reader, others, lpips, (Blocks(),), seed=SEED, **MAKING)
+        np.savez_compressed(Path(cache)/f"films-{part}.npz", **{k: (films[k]*255).round().byte().numpy() for k in ("model", "other-audio", "no-audio")})
+        keep(f"scores/{part}", records, utterances=len(us), subjects=sorted({u.subject for u in us}), recordings=len({u.name for u in us}))
+        print(part, *[r["text"] for r in records if "text" in r], sep="\n", flush=True)
+        for row in films: print(f"{row:12s}", *(f"{m} {v['value']:.2f}" for m in ("tongue_mm", "lips_mm", "velum_mm", "ssim", "lpips") if (v := next((r for r in records if r["method"] == row and r["metric"] == m), None))), flush=True)
+
+
+def fvds(data, cache, model):
+    "FVD of films that `scores` left in the cache."
+    i3d, films, out = load_i3d(), np.load(Path(cache)/"films-unseen_speech.npz"), []
+    load = lambda name: torch.from_numpy(np.load(Path(cache)/f"i3d-{name}.npy"))
+    rows = {"truth": load("truth"), "training": load("training-again"), "model": clip_features(some(sc.clips_of(torch.from_numpy(films["model"]).float()/255)), i3d, 1.)}
+    for name, f in rows.items(): out.append({"table": "diffusion", "split": "unseen_speech", "method": name, **fvd(load("training"), f, extractor=i3d), "against": "training", "frames": 10})
+    out.append({"table": "diffusion", "split": "unseen_speech", "method": "model", **fvd(rows["truth"], rows["model"], extractor=i3d), "against": "truth", "frames": 10})
+    keep("fvd", out)
+    for r in out: print(r["method"], r["against"], round(r["value"], 1), r["n_made"], r["note"])
+
+
+def curves(data, cache, model, n=8):
+    talks, split = world(data, cache)
+    net, reader, others = load_diffusion(model), sc.reader_of(TRACKER), sc.training_clips(talks, split["train"], PILE)
+    us, base = sc.utterances(talks, split["unseen_speech"], n, SECONDS, "unseen_speech"), {k: v for k, v in MAKING.items() if k not in ("steps", "solver", "guidance_scale")}
+    steps = [{"solver": s, "steps": k, "guidance_scale": 1.} for s, ks in (("dpm2m", (1, 2, 4, 8, 16)), ("heun", (2, 4, 8))) for k in ks]
+    guide = [{"solver": "dpm2m", "steps": 8, "guidance_scale": w} for w in (0., 1., 1.5, 2.5)]
+    for name, settings in (("steps", steps), ("guidance", guide)):
+        keep(f"curves/{name}", sc.sweep(net, us, reader, others, settings, (Blocks(),), seed=SEED, **base), utterances=len(us)); print(name, round(time.process_time()), "s", flush=True)
+
+
+def strip(data, cache, model, i=0, frames=range(10, 100, 10)):
+    "One utterance: true, ours, mean pose, wrong sound; openings of the lips of all frames."
+    talks, split = world(data, cache)
+    us, films, reader = sc.utterances(talks, split["unseen_speech"], N["unseen_speech"], SECONDS, "unseen_speech"), np.load(Path(cache)/"films-unseen_speech.npz"), sc.reader_of(TRACKER)
+    from sirem_nb.evaluate.articulators import lip_aperture, tongue_palate
+    u, j = us[i], list(frames)
+    made = {"true": u.video, "ours": torch.from_numpy(films["model"][i]).float()/255, "wrong sound": torch.from_numpy(films["other-audio"][i]).float()/255}
+    lines = {k: u.contours if k == "true" else reader(v, u.pixel_mm) for k, v in made.items()}
+    rest = {k: np.repeat(v[None], len(u.video), 0) for k, v in u.rest["contours"].items()}
+    np.savez_compressed(OUT.with_suffix(".npz"), times_s=np.array(j)/u.fps, phones=np.array(json.dumps(u.phones)), name=np.array(u.name),
+                        **{f"film/{k}": (v[j]*255).round().byte().numpy() for k, v in (made | {"mean pose": u.rest["frame"].expand(len(u.video), -1, -1)}).items()},
+                        **{f"lips/{k}": lip_aperture(v) for k, v in (lines | {"mean pose": rest}).items()}, **{f"tongue/{k}": tongue_palate(v) for k, v in (lines | {"mean pose": rest}).items()},
+                        **{f"outline/{k}/{a}": v[a][j].astype(np.float32) for k, v in lines.items() for a in ("tongue", "upper_lip", "lower_lip")})
+    keep("strip", [], recording=u.name)
+
+
+if __name__ == "__main__": {"piles": piles, "scores": scores, "fvd": fvds, "curves": curves, "strip": strip}[sys.argv[1]](*sys.argv[2:])
