@@ -291,13 +291,13 @@ def _train_fusion(data, out, arms_per_frame, split, resume, cache, device, encod
                  encoder_path=str(encoder_path) if encoder_path else None, **settings)
     print(f"wrote {out/'best'}")
 
-# %% ../nbs/90_use/91_cli.ipynb #9a78f3f5
+# %% ../nbs/90_use/91_cli.ipynb #c2a0c2e7
 @train_app.command(epilog="Example: sirem train translate movies --kind tagged --out run")
 def translate(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="pairs of movies and sounds, see sirem simulate --cine")],
     out: Annotated[Path, typer.Option(help="folder: best/, curves.json, settings.json, split.json; or folds/; or the table")],
     kind: Annotated[str, typer.Option(help="cine or tagged")] = "cine",
-    row: Annotated[str, typer.Option(help="ours, no-attention, no-disentangling, no-gan, plain or lip2audspec")] = "ours",
+    row: Annotated[str, typer.Option(help="ours, no-attention (tagged), no-disentangling, no-gan, plain, lip2audspec or keep-time")] = "ours",
     matrix: Annotated[int, typer.Option(help="pixels across: 128, 64 or 32")] = None,
     epochs: Annotated[int, typer.Option(help="default: that of the settings")] = None,
     settings: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="any other setting, such as lr=0.003 (see TranslateSettings); several times")] = None,
@@ -317,7 +317,7 @@ def translate(
     "Train translators from movies to spectrograms: one; or one for each speaker left out; or the whole table."
     _train_translate(**locals())
 
-# %% ../nbs/90_use/91_cli.ipynb #a82a884f
+# %% ../nbs/90_use/91_cli.ipynb #aac6b2a2
 def assignments(
     given,  # ["lr=0.003", "reduction=mean"], or None
 ):          # {"lr": 0.003, "reduction": "mean"}
@@ -332,15 +332,15 @@ def assignments(
 
 def meet(device):
     "Where `accelerate launch` started several processes: this one's device, after the others have been found."
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2: return device
+    if "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) < 2: return device
     from accelerate import PartialState
     return str(PartialState(cpu=device == "cpu").device)
 
-# %% ../nbs/90_use/91_cli.ipynb #179a0124
+# %% ../nbs/90_use/91_cli.ipynb #fe3ec44f
 def _train_translate(data, out, kind, row, matrix, epochs, settings, split, resume, leave_one_out, ablation, full, cache, device, seed, **spread):
     from sirem_nb.learning.training import world
-    from sirem_nb.translate.train import rows_of, train_translator
-    one_of(kind, ("cine", "tagged"), "--kind"); one_of(row, rows_of(kind, None), "--row"); positive(epochs, "--epochs")
+    from sirem_nb.translate.train import ROWS, train_translator
+    one_of(kind, ("cine", "tagged"), "--kind"); one_of(row, [r for r in ROWS if kind == "tagged" or r != "no-attention"], "--row"); positive(epochs, "--epochs")
     if matrix is not None: one_of(matrix, (128, 64, 32), "--matrix")
     if out.exists() and not out.is_dir(): raise ValueError(f"{out}: is a file; a folder was expected")
     given = {k: v for k, v in (("kind", kind), ("matrix", matrix), ("epochs", epochs)) if v is not None} | assignments(settings)

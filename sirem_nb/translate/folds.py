@@ -441,8 +441,8 @@ def score_translator(
     note = f"{s.kind}, {s.matrix} x {s.matrix} pixels, one run, {who}, {len(split['train'])} training speakers, {s.epochs} epochs"
     return write_translate(out, films, records, guesses, note) if out is not None else table_means(records) + records
 
-# %% ../../nbs/70_translate/78_folds.ipynb #339f5cd6
-SMOKE = dict(matrix=64, n_crops=20, epochs=24, n_train=12, batch_size=2, lr=3e-3, lr_attention=3e-3, lr_lips=1e-3, audio_steps=200)
+# %% ../../nbs/70_translate/78_folds.ipynb #e1744cf2
+SMOKE = dict(matrix=64, n_crops=20, epochs=20, n_train=32, batch_size=4, lr=3e-3, lr_attention=3e-3, lr_lips=1e-3, audio_steps=200, channels=(8, 16, 32, 64, 128), lively=True)
 
 # %% ../../nbs/70_translate/78_folds.ipynb #f5b16b06
 def machine_facts():  # dict
