@@ -1,16 +1,17 @@
 # make demo   the main job, end to end, from nothing: ends by naming out/demo/report.html
 # make test   the book and the tests
+# make test-browser  panels and pages in a real browser (Debian's chromium)
 # make bench  times beside those of other packages, about ten minutes on a machine that does nothing else
 # make studies  the long runs that chapter 95 reads, about an hour; results stay in out/study
 # make venv   the set-up alone
-# make readme / make docs / make clean-nb: for those who write notebooks (CONTRIBUTING.md)
+# make readme / make docs / make clean-nb / make hooks: for those who write notebooks (CONTRIBUTING.md)
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := fast,evaluation,moonshine,usc75,dicom,cluster,notebook,dev,peers
 export OMP_NUM_THREADS ?= 2
 export MPLBACKEND ?= Agg
 
-.PHONY: venv demo test book pytest bench studies readme docs export clean-nb
+.PHONY: venv demo test book pytest test-browser bench studies readme docs export clean-nb hooks
 
 # Its last line lets numba compile once, alone: two processes that fill numba's cache at the same moment can leave it broken.
 venv: .venv/.ready
@@ -32,6 +33,10 @@ book: venv
 pytest: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+test-browser: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[browser]" --no-build-isolation
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+
 bench: venv
 	$(BIN)/sirem bench --out out/bench
 
@@ -49,6 +54,10 @@ export: venv
 
 clean-nb: venv
 	$(BIN)/nbdev_clean
+
+hooks: venv
+	$(BIN)/nbdev_install_hooks
+	cp .githooks/pre-commit "$$(git rev-parse --git-path hooks)/pre-commit"
 
 readme: venv
 	$(BIN)/python -m nbconvert --log-level WARN --to markdown --stdout nbs/index.ipynb > README.md.tmp && mv README.md.tmp README.md
