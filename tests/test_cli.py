@@ -7,7 +7,7 @@ from sirem_nb.data.mrd import read_recon
 from sirem_nb.data.sync import read_movie, write_movie
 
 SIREM = Path(sys.executable).parent/"sirem"
-COMMANDS = [["simulate"], ["info"], ["recon"], ["tune"], ["train", "fusion"], ["train", "translate"], ["train", "diffusion"], ["translate"], ["evaluate"], ["bench"], ["weights", "list"], ["weights", "fetch"], ["weights", "from-file"], ["demo"]]
+COMMANDS = [["simulate"], ["info"], ["recon"], ["tune"], ["train", "fusion"], ["train", "translate"], ["train", "diffusion"], ["generate"], ["translate"], ["evaluate"], ["bench"], ["weights", "list"], ["weights", "fetch"], ["weights", "from-file"], ["demo"]]
 
 
 def run(*argv, **kw): return subprocess.run([SIREM, *map(str, argv)], capture_output=True, text=True, **kw)
