@@ -1,4 +1,5 @@
 """A data set of virtual speakers: same seed, same data; sound and picture agree; killed runs; several processes; cost."""
+import json
 import os
 import signal
 import subprocess
@@ -18,8 +19,9 @@ from sirem_nb.data.sync import resample
 from sirem_nb.kspace.spiral import SpiralProtocol
 from sirem_nb.speaker.anatomy import LABELS
 from sirem_nb.speaker.articulators import area_function
-from sirem_nb.speaker.corpus import CorpusSettings, perform, read_truth, record, simulate_corpus, virtual_speaker, voice_of
+from sirem_nb.speaker.corpus import FREE, ITEMS, SCRIPT as SENTENCES, CorpusSettings, perform, read_truth, record, simulate_corpus, virtual_speaker, voice_of
 from sirem_nb.speaker.scanner import recording_paths, true_pictures
+from sirem_nb.speaker.utterances import pronounce
 
 SMALL = SpiralProtocol(n_arms=9, n_samples=400, matrix=42)
 KW = dict(words=["asouk", "[AA P AA]"], seconds=None, protocol=SMALL, n_coils=3)
@@ -136,6 +138,45 @@ if __name__ == "__main__":
     if die_at: corpus.write_mrd = write_or_die
     corpus.simulate_corpus(out, 1, ["[AA P AA]"], SpiralProtocol(n_arms=9, n_samples=400, matrix=42), seed=3, recordings=3, n_workers=workers, seconds=None, n_coils=3)
 """
+
+
+def test_without_the_scanner_nothing_else_changes(corpus, tmp_path):
+    kw = KW | dict(n_workers=1, seed=3, raw=False)
+    made = simulate_corpus(tmp_path, 1, recordings=2, video=True, free=["iki", "upu", "ara"], free_recordings=2, free_seconds=None, **kw)
+    assert [r.name.split("2drt_")[1] for r in made] == ["01_words", "02_words", "17_topic1", "18_topic2"] and not list(tmp_path.rglob("*_raw.h5"))
+    for with_raw, without in zip(corpus[1][:2], made):
+        assert without.raw is None and without.video and with_raw.audio.read_bytes() == without.audio.read_bytes()
+        with h5py.File(with_raw.truth) as a, h5py.File(without.truth) as b:
+            names = []
+            a.visititems(lambda n, item: names.append(n) if isinstance(item, h5py.Dataset) else None)
+            assert len(names) > 15 and all(a[n][()].tobytes() == b[n][()].tobytes() for n in names) and np.array_equal(a.attrs["pixel_mm"], b.attrs["pixel_mm"])
+    said = [[p for p, _, _ in read_truth(r.truth)["phones"]] for r in made[2:]]
+    assert said == [["IY", "K", "IY", "AA", "R", "AA"], ["UW", "P", "UW"]]                      # each free recording has its own share of the list
+    stamp = made[0].truth.stat().st_mtime_ns
+    made[2].audio.unlink()
+    again = simulate_corpus(tmp_path, 1, recordings=2, video=True, free=["iki", "upu", "ara"], free_recordings=2, free_seconds=None, **kw)
+    assert again[2].audio.is_file() and made[0].truth.stat().st_mtime_ns == stamp
+
+
+def test_free_sentences_are_in_no_script(tmp_path):
+    assert not set(FREE) & set(SENTENCES + ITEMS) and len(set(SENTENCES)) == len(SENTENCES) and len(set(FREE)) == len(FREE)
+    phones = {p for s in SENTENCES for p in pronounce(s)}
+    assert phones >= {p for s in FREE for p in pronounce(s)} and len(phones) == 40
+    for wrong, words in ((dict(free=["asouk"]), "in the script and among the free"), (dict(free=["iki"], free_recordings=2), "2 free recordings from 1"), (dict(free=["xqzzt"]), "xqzzt")):
+        with pytest.raises(ValueError, match=words):
+            simulate_corpus(tmp_path / "set", 1, n_workers=1, **KW, **wrong)
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_plan_of_an_older_version_goes_on(tmp_path):
+    made = simulate_corpus(tmp_path, 1, n_workers=1, **KW)
+    plan = json.loads((tmp_path / "corpus.json").read_text())
+    for new in ("raw", "free", "free_recordings", "free_seconds"): del plan["settings"][new]
+    (tmp_path / "corpus.json").write_text(json.dumps(plan))
+    stamp = made[0].raw.stat().st_mtime_ns
+    assert simulate_corpus(tmp_path, 1, n_workers=1, **KW)[0].raw.stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match="other settings"):
+        simulate_corpus(tmp_path, 1, n_workers=1, raw=False, **KW)
 
 
 def test_killed_in_the_middle_then_finished_by_two_processes(tmp_path):
