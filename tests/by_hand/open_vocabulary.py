@@ -3,7 +3,7 @@
     python tests/by_hand/open_vocabulary.py data DATA            # 24 virtual speakers say 49 words: about 8 minutes of one core
     python tests/by_hand/open_vocabulary.py read DATA RUN        # linear and small readings: a minute
     python tests/by_hand/open_vocabulary.py train DATA RUN ROW SEED [EPOCHS]    # ROW: keep-time, plain, ours
-    python tests/by_hand/open_vocabulary.py score DATA RUN [METHOD ...]    # into results/open_vocabulary.json; with methods: only their part of the work
+    python tests/by_hand/open_vocabulary.py score DATA RUN [people=2] [METHOD ...]    # into results/open_vocabulary.json; with methods: only their part of the work; people: the sounds of so many
     python tests/by_hand/open_vocabulary.py keep DATA RUN        # the same from what is scored so far; the rest gets spectrogram scores
     python tests/by_hand/open_vocabulary.py real DATA RUN MOVIES # a folder of .mp4 and .wav: rtMRI with sound
 
@@ -174,6 +174,7 @@ def guesses(d, learn, test, run):
 
 
 def score(data, run, *methods, finish=True):
+    people = next((int(m[7:]) for m in methods if m.startswith("people=")), len(TEST)); methods = [m for m in methods if "=" not in m]
     d = load(data); learn, test = parts(d)
     r, records, kept = Recogniser() if finish else None, [], Path(run)/"scores"; kept.mkdir(exist_ok=True)             # methods: only these, a part of the work
     names = [d.pairs[i] for i in test.tolist()]
@@ -186,14 +187,14 @@ def score(data, run, *methods, finish=True):
             else:
                 begun, mine, fits = time.perf_counter(), [], []
                 sound = seed == 0 and finish             # else: spectrogram scores only
-                if sound: waves = to_wave(mel.clamp(0, 1), method="griffin-lim-torch").numpy()
+                if sound: waves = to_wave(mel[:people*len(WORDS)].clamp(0, 1), method="griffin-lim-torch").numpy()
                 same = method == "mean-spectrogram"
                 for k, (p, i) in enumerate(zip(names, test.tolist())):
                     ref = d.waves[i].numpy()
                     s = {m: float(v) for m, v in mel_scores(mel[k][None], d.target[i][None]).items()}
                     s["corr2d_wrong_film"] = float(mel_scores(mel[k - k % 20 + (k + 7) % 20][None], d.target[i][None])["corr2d"])     # the same speaker's film of another word
                     mine.append(s)
-                    if not sound: continue
+                    if not sound or k >= people*len(WORDS): continue
                     s |= {"pesq_wb": float(pesq_score(waves[k], ref, MEL.rate)), "stoi": float(stoi_score(waves[k], ref, MEL.rate)), "estoi": float(stoi_score(waves[k], ref, MEL.rate, True))}
                     if k % 3 == 0:
                         if i not in f0: f0[i] = pitch_track(ref, MEL.rate)
@@ -202,12 +203,12 @@ def score(data, run, *methods, finish=True):
                     s["wer"], s["heard"] = float(word_error_rate(p.word, heard)), heard
                     fits.append(fits[0] if same and k else word_scores(r, waves[k], MEL.rate, WORDS))
                 if sound:
-                    for s, ok in zip(mine, identified(np.array(fits)) == np.tile(np.arange(len(WORDS)), len(TEST))): s["identified"] = float(ok)
+                    for s, ok in zip(mine, identified(np.array(fits)) == np.tile(np.arange(len(WORDS)), people)): s["identified"] = float(ok)
                 if sound: write_json(file, {"scores": mine, "seconds": round(time.perf_counter() - begun)})
-            print(method, seed, {m: round(float(np.mean([s[m] for s in mine if s.get(m) is not None] or [np.nan])), 4) for m in ("l1", "corr2d", "corr2d_wrong_film", "pesq_wb", "stoi", "identified")}, flush=True)
+            print(method, seed, {m: round(float(np.mean([s[m] for s in mine if s.get(m) is not None and np.isfinite(s[m])] or [np.nan])), 4) for m in ("l1", "corr2d", "corr2d_wrong_film", "pesq_wb", "stoi", "identified")}, flush=True)
             for p, s in zip(names, mine):
                 common = {"table": "open-vocabulary", "method": method, "seed": seed, "subject": p.subject, "word": p.word, "new": p.word in NEW}
-                records += [{**common, "metric": m, "value": v} for m, v in s.items() if m != "heard"] + ([{**common, "metric": "heard", "value": None, "text": s["heard"]}] if "heard" in s else [])
+                records += [{**common, "metric": m, "value": v if v is not None and np.isfinite(v) else None} for m, v in s.items() if m != "heard"] + ([{**common, "metric": "heard", "value": None, "text": s["heard"]}] if "heard" in s else [])
     if not methods: write(d, learn, test, run, records)
 
 

@@ -1,0 +1,112 @@
+"""The ablation of both papers on two words, three runs a row: each with a seed of its own and another third of the 63 virtual speakers left out (study 955).
+
+    python tests/by_hand/translators.py data DATA                     # 63 speakers, cine and tagged: 3 minutes
+    python tests/by_hand/translators.py run DATA RUN KIND ROW [lively=0] [beta=5] [epochs=30] [...]     # what is there already is not done again
+    python tests/by_hand/translators.py start DATA RUN                # plain and ours, torch's start and the lively one
+    python tests/by_hand/translators.py keep DATA RUN                 # into results/translators.json
+"""
+import datetime
+import json
+import platform
+import sys
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sirem_nb.data.mrd import write_json
+from sirem_nb.evaluate.speech import mel_scores, speech_records
+from sirem_nb.speaker.cine import simulate_cine
+from sirem_nb.translate.adversary import Discriminator
+from sirem_nb.translate.attention import moving_share
+from sirem_nb.translate.cine_translator import CineTranslator, TranslatorConfig
+from sirem_nb.translate.disentangle import word_use
+from sirem_nb.translate.folds import guesses_of, score_guess
+from sirem_nb.translate.train import Game, game_loss, make_settings, prepare_pairs, train_translator
+
+torch.set_num_threads(1)
+OUT = Path(__file__).resolve().parents[2]/"results"
+SETTINGS = dict(matrix=64, n_crops=20, epochs=24, batch_size=4, lr=3e-3, lr_attention=3e-3, channels=(8, 16, 32, 64, 128), lively=True)
+
+
+def named(kind, row, given):
+    return "-".join([kind, row, *(f"{k}={v}" for k, v in sorted(given.items()))])
+
+
+@lru_cache
+def films_of(data, kind): return prepare_pairs(data, make_settings(kind=kind, **{k: SETTINGS[k] for k in ("matrix", "n_crops")}), Path(data)/"cache")
+
+
+def run(data, out, kind, row, *given, seeds=(0, 1, 2)):
+    given = {k: json.loads(v) for k, v in (g.split("=") for g in given)}
+    d, seeds = films_of(data, kind), given.pop("seeds", seeds)
+    for seed in seeds:
+        here = Path(out)/named(kind, row, given)/str(seed)
+        if (here/"about.json").exists(): continue
+        test = d.subjects[seed::3]; split = {"train": [s for s in d.subjects if s not in test], "val": [], "test": test}
+        s, cpu = {**SETTINGS, "kind": kind, "seed": seed, **given}, time.process_time()
+        model = train_translator(d, here, row=row, split=split, resume=True, **s)
+        learn, test = d.of(split["train"]), d.of(test)
+        with torch.no_grad(): found = [model(d.films[i]) for i in test.split(7)]
+        mel, g = torch.cat([f["mel"] for f in found]), guesses_of(d, learn, test, seed)
+        means = [d.target[learn][d.words[learn] == w].mean(0) for w in (0, 1)]
+        near = torch.stack([(mel - m).square().sum((1, 2)) for m in means], 1).argmin(1)
+        with torch.no_grad(): own = torch.cat([model(d.films[i])["mel"] for i in learn[:21].split(7)])
+        about = {"kind": kind, "row": row, "seed": seed, "given": given, "settings": s, "cpu_s": round(time.process_time() - cpu), "word_right": float((near == d.words[test]).float().mean()), "spread": float(mel.std(0).mean()),
+                 "train_l1": float(mel_scores(own, d.target[learn[:21]])["l1"])}
+        if "mu" in found[0]: about["word_use"] = word_use(model, d.films[test], d.target[test])
+        if "masks" in found[0]: about["moving_share"] = torch.cat([moving_share(f["masks"]) for f in found]).mean().item(); about["mask_range"] = [min(f["masks"].min().item() for f in found), max(f["masks"].max().item() for f in found)]
+        write_json(here/"about.json", about)
+        np.savez_compressed(here/"guess.npz", mel=mel.numpy(), test=test.numpy(), **({"masks": found[0]["masks"][0].numpy()} if "masks" in found[0] else {}), **{k: torch.stack([v[i] for i in test.tolist()]).numpy() for k, v in g.items()})
+        print(named(kind, row, given), seed, about["cpu_s"], "s", {k: round(float(v), 4) for k, v in mel_scores(mel, d.middle[test]).items()}, "word", about["word_right"], "mean of word", round(float(mel_scores(torch.stack([g["mean-of-word"][i] for i in test.tolist()]), d.middle[test])["l1"]), 4), flush=True)
+
+
+def start(data, out):
+    for row in ("plain", "ours"):
+        for lively in (0, 1): run(data, out, "cine", row, f"lively={lively}", seeds=(0,))
+
+
+def step_cost():
+    "CPU seconds of one film in one training step."
+    found = []
+    for matrix, channels, attention in ((128, (32, 32, 64, 64, 128), False), (128, (32, 32, 64, 64, 128), True), (64, SETTINGS["channels"], False), (64, SETTINGS["channels"], True)):
+        torch.manual_seed(0); n = 2
+        g = Game(CineTranslator(TranslatorConfig(matrix=matrix, channels=channels, attention=attention)), Discriminator(), .5, .5)
+        b, times = {"frames": torch.rand(n, 26, matrix, matrix), "target": torch.rand(n, 64, 64), "real": torch.rand(n, 64, 64), "word": torch.zeros(n), "eps": torch.randn(n, 14, 4, 4)}, []
+        for _ in range(2): t = time.process_time(); game_loss(g, b)["loss"].backward(); times.append((time.process_time() - t)/n)
+        found.append({"matrix": matrix, "channels": channels, "attention": attention, "cpu_s_per_film": round(min(times), 4)})
+    return found
+
+
+def keep(data, out):
+    "Means and single numbers of all runs, pictures of a few recordings."
+    path, records, runs, pictures, seen = OUT/"translators.json", [], [], {}, set()
+    for here in sorted(p.parent for p in Path(out).glob("*/*/about.json")):
+        a, name = json.loads((here/"about.json").read_text()), here.parent.name
+        d = films_of(data, a["kind"]); z = np.load(here/"guess.npz"); test = z["test"].tolist()
+        rows = {(name, a["row"]): z["mel"]}
+        if (key := (a["kind"], a["seed"])) not in seen: seen.add(key); rows |= {(a["kind"], k): z[k] for k in ("mean-spectrogram", "mean-of-word", "other-speaker", "true-mel")}
+        for (group, method), mels in rows.items():
+            waves = group == a["kind"] or not a["given"]
+            for i, mel in zip(test, torch.from_numpy(mels)):
+                common = {"table": "translate", "run": group, "kind": a["kind"], "method": method, "seed": a["seed"], "subject": d.pairs[i].subject, "recording": d.pairs[i].name, "word": d.pairs[i].word}
+                records += speech_records(score_guess(mel, d, i, waves), **common)
+        curve = json.loads((here/"curves.json").read_text())["history"]
+        runs.append({k: a[k] for k in a if k != "settings"} | {"name": name, "curve": [round(h["rec"], 2) for h in curve]})
+        if a["seed"] == 0 and not a["given"]:
+            two = [next(k for k, i in enumerate(test) if d.pairs[i].word == w) for w in ("asouk", "ageese")]
+            pictures |= {f"{a['kind']}/{a['row']}": z["mel"][two], **{f"{a['kind']}/{k}": z[k][two] for k in ("mean-of-word", "true-mel")}, **({"masks": z["masks"], "film": d.films[test[0]].numpy()} if "masks" in z else {})}
+    old = [r for r in json.loads(path.read_text()) if r["table"] == "translate-speed"] if path.exists() else []
+    write_json(path, old + [{k: (round(v, 5) if isinstance(v, float) else v) for k, v in r.items() if k not in ("unit", "recording")} for r in records])
+    meta = {k: v for k, v in json.loads((OUT/"translators.meta.json").read_text()).items() if k in ("thirds", "speed")}
+    cost = meta.get("thirds", {}).get("cost")
+    meta["thirds"] = {"cost": cost or step_cost(), "commands": [l.strip() for l in __doc__.splitlines() if l.strip().startswith("python")], "date": str(datetime.date.today()), "machine": f"CPU, one thread of a busy machine ({platform.machine()})", "torch": torch.__version__, "settings": SETTINGS, "runs": runs}
+    write_json(OUT/"translators.meta.json", meta)
+    np.savez_compressed(OUT/"translators.npz", **{k: np.uint8(np.round(255*np.clip(v, 0, 1))) for k, v in pictures.items()})
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "data": simulate_cine(sys.argv[2], tagged="both", seed=0, n_workers=1)
+    else: {"run": run, "start": start, "keep": keep}[sys.argv[1]](*sys.argv[2:])
