@@ -4,9 +4,9 @@
 __all__ = ['SKIP_S', 'SAID', 'UNITS', 'Utterance', 'true_outlines', 'resting', 'places', 'utterances', 'make_films', 'deaf',
            'other_of', 'control_films', 'reader_of', 'outlines', 'clips_of', 'mouth_scores', 'look_scores', 'summary',
            'verdict', 'pile_records', 'training_clips', 'score_part', 'score_diffusion', 'split_of', 'load_or_note',
-           'write_scores', 'calls', 'sweep', 'by_second', 'drift', 'drift_records', 'drift_verdict']
+           'write_scores', 'calls', 'sweep', 'stopping_at', 'by_second', 'drift', 'drift_records', 'drift_verdict']
 
-# %% ../../nbs/80_diffusion/88_scores.ipynb #839da7e5
+# %% ../../nbs/80_diffusion/88_scores.ipynb #4e5f8651
 import datetime
 import json
 import os
@@ -22,6 +22,8 @@ import torch
 from ..data.mrd import write_json
 from .condition import SPLITS, Talks, find_talks, read_talks, three_splits
 from .long_video import generate
+from .noise import EdmConfig
+from .sample import SOLVERS, karras_sigmas
 from .train import load_diffusion
 from ..evaluate.articulators import articulator_scores, bootstrap, counted, curve_distance, follows_speech, frozen, mean_pose, paired_ratio
 from ..evaluate.perceptual import load_lpips
@@ -318,12 +320,12 @@ def write_scores(out, name, records, circumstances):
     machine = {"date": datetime.date.today().isoformat(), "threads": torch.get_num_threads(), "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
     write_json(Path(out)/f"{name}.json", records); write_json(Path(out)/f"{name}.meta.json", circumstances | machine)
 
-# %% ../../nbs/80_diffusion/88_scores.ipynb #715970bc
+# %% ../../nbs/80_diffusion/88_scores.ipynb #b1bfd76c
 def calls(
     steps=8, solver="dpm2m", guidance_scale=1., **_,
 ):          # evaluations of the network for a clip
     "What a setting costs."
-    return (2*steps - 1 if solver == "heun" else steps)*(2 if guidance_scale != 1 else 1)
+    return (2*steps - 1 if solver.startswith("heun") else steps)*(2 if guidance_scale != 1 else 1)
 
 # %% ../../nbs/80_diffusion/88_scores.ipynb #86b30087
 def sweep(
@@ -345,6 +347,17 @@ def sweep(
         common = {"table": "sweep", "split": us[0].split, **s, "calls": calls(**making | s), "seconds_per_second": pace}
         out += summary({k: scores[k] for k in metrics}, **common) + pile_records({"model": film}, others, extractors, None, **{k: v for k, v in common.items() if k != "table"})
     return out
+
+# %% ../../nbs/80_diffusion/88_scores.ipynb #831ec26c
+def stopping_at(
+    last_sigma,       # level of the last step
+    solver="dpm2m",   # one of diffusion.sample.SOLVERS
+):                    # name of the solver, for generate and make_films
+    "A solver whose steps end at last_sigma; there the denoiser's answer is the film."
+    name, steps_of = f"{solver}-to-{last_sigma:g}", SOLVERS[solver]
+    levels = lambda sigmas: karras_sigmas(len(sigmas) - 1, EdmConfig(sigma_max=float(sigmas[0]), sigma_min=last_sigma))
+    SOLVERS[name] = lambda denoiser, noise, sigmas, **kw: steps_of(denoiser, noise, levels(sigmas), **kw)
+    return name
 
 # %% ../../nbs/80_diffusion/88_scores.ipynb #c7054856
 def by_second(

@@ -1,6 +1,7 @@
 """How good is the shipped generator? Scores, curves, a film strip, real speech (study 957). One thread; each stage adds to results/speech_to_video.*
 
     python tests/by_hand/speech_to_video.py piles  DATA CACHE                 # I3D features of what does not depend on the model
+    python tests/by_hand/speech_to_video.py choose DATA CACHE MODEL           # settings of the sampler, on recordings of the TRAINING set
     python tests/by_hand/speech_to_video.py scores DATA CACHE MODEL [PART ...]  # all rows of the parts of the split
     python tests/by_hand/speech_to_video.py fvd    DATA CACHE MODEL           # FVD of the model's films, unseen speech
     python tests/by_hand/speech_to_video.py curves DATA CACHE MODEL           # steps and solvers, guidance
@@ -30,7 +31,8 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
 OUT, TRACKER = ROOT/"results"/"speech_to_video.json", ROOT/"checkpoints"/"tracker"
 N, SECONDS, PILE, SEED = {"unseen_speech": 30, "unseen_subject": 24, "both": 24}, 2., 256, 0
-MAKING = dict(method="overlap", context=3, known_sigma=.1, steps=8, solver="dpm2m", guidance_scale=1.)   # what sirem generate does
+LAST = 1.5
+MAKING = dict(method="overlap", context=3, known_sigma=.02, steps=4, solver=sc.stopping_at(LAST), guidance_scale=1.)   # chosen by `choose`
 
 
 def world(data, cache):
@@ -88,10 +90,19 @@ def curves(data, cache, model, n=8):
     talks, split = world(data, cache)
     net, reader, others = load_diffusion(model), sc.reader_of(TRACKER), sc.training_clips(talks, split["train"], PILE)
     us, base = sc.utterances(talks, split["unseen_speech"], n, SECONDS, "unseen_speech"), {k: v for k, v in MAKING.items() if k not in ("steps", "solver", "guidance_scale")}
-    steps = [{"solver": s, "steps": k, "guidance_scale": 1.} for s, ks in (("dpm2m", (1, 2, 4, 8, 16)), ("heun", (2, 4, 8))) for k in ks]
-    guide = [{"solver": "dpm2m", "steps": 8, "guidance_scale": w} for w in (0., 1., 1.5, 2.5)]
+    steps = [{"family": f, "solver": sc.stopping_at(last, s), "steps": k, "guidance_scale": 1.} for f, s, last, ks in
+             (("2M", "dpm2m", .002, (1, 2, 4, 8, 16)), ("Heun", "heun", .002, (2, 4, 8)), (f"2M to {LAST:g}", "dpm2m", LAST, (2, 4, 8)), (f"Heun to {LAST:g}", "heun", LAST, (2, 4))) for k in ks]
+    guide = [{**{k: MAKING[k] for k in ("solver", "steps")}, "guidance_scale": w} for w in (0., 1., 1.5, 2.5)]
     for name, settings in (("steps", steps), ("guidance", guide)):
         keep(f"curves/{name}", sc.sweep(net, us, reader, others, settings, (Blocks(),), seed=SEED, **base), utterances=len(us)); print(name, round(time.process_time()), "s", flush=True)
+
+
+def choose(data, cache, model, n=8):
+    "Where to stop and how much noise on the past: on scripted recordings of the training set, never on a test part."
+    talks, split = world(data, cache)
+    us = sc.utterances(talks, split["train"], n, SECONDS, "train")
+    settings = [{"solver": sc.stopping_at(s), "last_sigma": s, "steps": k, "known_sigma": v} for s, k in ((.002, 8), (.3, 6), (1.5, 4), (5., 3)) for v in ((.1, .02) if s != 1.5 else (.1, .03, .02, .01))]
+    keep("choose", sc.sweep(load_diffusion(model), us, sc.reader_of(TRACKER), sc.training_clips(talks, split["train"], PILE), settings, (Blocks(),), seed=SEED, method="overlap", context=3), utterances=len(us))
 
 
 def strip(data, cache, model, i=0, frames=range(10, 100, 10)):
@@ -110,4 +121,4 @@ def strip(data, cache, model, i=0, frames=range(10, 100, 10)):
     keep("strip", [], recording=u.name)
 
 
-if __name__ == "__main__": {"piles": piles, "scores": scores, "fvd": fvds, "curves": curves, "strip": strip}[sys.argv[1]](*sys.argv[2:])
+if __name__ == "__main__": {"piles": piles, "scores": scores, "fvd": fvds, "choose": choose, "curves": curves, "strip": strip}[sys.argv[1]](*sys.argv[2:])
