@@ -317,9 +317,10 @@ def translate(
     "Train translators from movies to spectrograms: one; or one for each speaker left out; or the whole table."
     _train_translate(**locals())
 
-# %% ../nbs/90_use/91_cli.ipynb #aac6b2a2
+# %% ../nbs/90_use/91_cli.ipynb #c663a8e0
 def assignments(
     given,  # ["lr=0.003", "reduction=mean"], or None
+    cls,    # the dataclass that has these fields
 ):          # {"lr": 0.003, "reduction": "mean"}
     "NAME=VALUE pairs; a value that is JSON is read as such."
     out = {}
@@ -328,6 +329,8 @@ def assignments(
         if not equals or not name: raise ValueError(f"--set {pair}: expected NAME=VALUE, such as lr=0.003")
         try: out[name] = json.loads(value)
         except json.JSONDecodeError: out[name] = value
+        default, number = getattr(cls, name, None), (int, float)
+        if isinstance(default, number) and not isinstance(out[name], number): raise ValueError(f"--set {pair}: expected a number, such as {name}={json.dumps(default)}")
     return out
 
 def meet(device):
@@ -336,14 +339,14 @@ def meet(device):
     from accelerate import PartialState
     return str(PartialState(cpu=device == "cpu").device)
 
-# %% ../nbs/90_use/91_cli.ipynb #fe3ec44f
+# %% ../nbs/90_use/91_cli.ipynb #35a3971f
 def _train_translate(data, out, kind, row, matrix, epochs, settings, split, resume, leave_one_out, ablation, full, cache, device, seed, **spread):
     from sirem_nb.learning.training import world
-    from sirem_nb.translate.train import ROWS, train_translator
+    from sirem_nb.translate.train import ROWS, TranslateSettings, train_translator
     one_of(kind, ("cine", "tagged"), "--kind"); one_of(row, [r for r in ROWS if kind == "tagged" or r != "no-attention"], "--row"); positive(epochs, "--epochs")
     if matrix is not None: one_of(matrix, (128, 64, 32), "--matrix")
     if out.exists() and not out.is_dir(): raise ValueError(f"{out}: is a file; a folder was expected")
-    given = {k: v for k, v in (("kind", kind), ("matrix", matrix), ("epochs", epochs)) if v is not None} | assignments(settings)
+    given = {k: v for k, v in (("kind", kind), ("matrix", matrix), ("epochs", epochs)) if v is not None} | assignments(settings, TranslateSettings)
     if leave_one_out or ablation or full: return _train_folds(data, out, cache, pick_device(device), given, ablation or full, full, **spread)
     if used := [k for k in ("rows", "seeds", "folds", "scheduler") if spread[k] is not None]: raise ValueError(f"--{used[0]} goes with --leave-one-out or --ablation")
     train_translator(data, out, row, split, resume, meet(pick_device(device)), cache, **{"seed": seed} | given)
@@ -376,7 +379,7 @@ def translate_movie(
     for note in found.get("notes", []): print(f"sirem: note: {note}", file=sys.stderr)
     for f in (out, out.with_suffix(".png"), out.with_suffix(".json")): print(f"wrote {f}")
 
-# %% ../nbs/90_use/91_cli.ipynb #e631c668
+# %% ../nbs/90_use/91_cli.ipynb #13dfdfe9
 @train_app.command(epilog="Example: sirem train diffusion talks --out run")
 def diffusion(
     data: Data,
@@ -387,18 +390,19 @@ def diffusion(
     settings: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="any other setting, such as lr=0.0003 (see DiffusionSettings); several times")] = None,
     split: Annotated[Path, typer.Option(help="a .json with train, unseen_speech, unseen_subject, both: lists of recordings; default: drawn by --seed")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on where a stopped run was")] = False,
+    start: Annotated[Path, typer.Option(help="a trained model to begin with: a run, or a checkpoint")] = None,
     cache: Annotated[Path, typer.Option(help="where small movies and speech vectors are kept")] = None,
     device: Device = "auto", seed: Seed = 0,
 ):
     "Train a generator from speech to movies."
-    from sirem_nb.diffusion.train import ROWS, train_diffusion
+    from sirem_nb.diffusion.train import ROWS, DiffusionSettings, train_diffusion
     from sirem_nb.learning.training import world
     one_of(row, ROWS, "--row"); positive(epochs, "--epochs")
-    given = {k: v for k, v in (("encoder", encoder), ("epochs", epochs)) if v is not None} | assignments(settings)
-    train_diffusion(data, out, split, resume, meet(pick_device(device)), cache, row=row, **{"seed": seed} | given)
+    given = {k: v for k, v in (("encoder", encoder), ("epochs", epochs)) if v is not None} | assignments(settings, DiffusionSettings)
+    train_diffusion(data, out, split=split, resume=resume, start=start, device=meet(pick_device(device)), cache=cache, row=row, **{"seed": seed} | given)
     if world()[0] == 0: print(f"wrote {out/'best'}")
 
-# %% ../nbs/90_use/91_cli.ipynb #2887db46
+# %% ../nbs/90_use/91_cli.ipynb #63bd207e
 @app.command(epilog="Example: sirem generate speech.wav --checkpoint run --first-frame head.png --out x.mp4")
 def generate(
     wav: Annotated[Path, typer.Argument(metavar="WAV", help="the speech: wav, flac, ogg or mp3, of any rate")],
@@ -406,7 +410,7 @@ def generate(
     out: Annotated[Path, typer.Option(help="the .mp4, with the sound in it; a .json lies beside it")],
     first_frame: Annotated[Path, typer.Option(help="whose mouth: a picture, a movie, .h5 or .npy; default: the one kept in the checkpoint")] = None,
     seconds: Annotated[float, typer.Option(help="so much of the sound; default: all")] = None,
-    steps: Annotated[int, typer.Option(help="of the sampler, for each clip: more is better and slower")] = 8,
+    steps: Annotated[int, typer.Option(help="of the sampler, for each clip; default: what notebook 88 found enough")] = None,
     guidance: Annotated[float, typer.Option(help="above 1: the sound counts more than it should, at twice the cost")] = 1.0,
     encoder_path: Annotated[Path, typer.Option(help="folder of the speech encoder's weights, where it has some")] = None,
     device: Device = "auto", seed: Seed = 0,
@@ -414,7 +418,7 @@ def generate(
     "A movie of a mouth that says what is heard. A guess about speakers like those of the training data, never a finding."
     from sirem_nb.diffusion.use import generate_movie
     for value, name in ((seconds, "--seconds"), (steps, "--steps"), (guidance, "--guidance")): positive(value, name)
-    more = dict(first_frame=first_frame, seconds=seconds, steps=steps, guidance_scale=guidance, seed=seed)
+    more = dict(first_frame=first_frame, seconds=seconds, guidance_scale=guidance, seed=seed) | ({} if steps is None else {"steps": steps})
     found = generate_movie(wav, checkpoint, out, device=pick_device(device), encoder_path=str(encoder_path) if encoder_path else None, **more)
     for note in found["notes"]: print(f"sirem: note: {note}", file=sys.stderr)
     for f in (out, out.with_suffix(".json")): print(f"wrote {f}")

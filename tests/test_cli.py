@@ -113,6 +113,7 @@ BAD = {
     "empty movie": ["simulate", "{d}/s", "--video", "{d}/empty.mp4"], "text as movie": ["simulate", "{d}/s", "--video", "{d}/text.mp4"], "no movie": ["simulate", "{d}/s", "--video", "{d}/none.mp4"],
     "negative snr": ["simulate", "{d}/s", "--snr", "-1"], "unknown word": ["simulate", "{d}/s", "--speakers", "1", "--words", "xqzzt"], "arms that are not played": ["simulate", "{d}/s", "--video", "{movie}", "--play", "3,77"],
     "a file as folder": ["simulate", "{d}/text.h5"], "folder without recordings": ["train", "fusion", "{d}/empty", "--out", "{d}/r"],
+    "setting that is no number": ["train", "diffusion", "{d}/empty", "--out", "{d}/r", "--set", "lr=fast"],
     "folder without talks": ["train", "diffusion", "{d}/empty", "--out", "{d}/r"], "unknown row of the generator": ["train", "diffusion", "{data}", "--out", "{d}/r", "--row", "magic"],
     "translator's table of a folder without a run": ["evaluate", "{data}", "--run", "{d}/empty", "--out", "{d}/t", "--tables", "translate"], "translator's table without a run": ["evaluate", "{data}", "--out", "{d}/t", "--tables", "translate"],
     "split that overlaps": ["train", "fusion", "{data}", "--out", "{d}/r", "--split", "{d}/split.json"], "unknown encoder": ["train", "fusion", "{data}", "--out", "{d}/r", "--encoder", "magic"],
@@ -197,6 +198,16 @@ def test_movies_without_raw_data(tmp_path, capsys):
     for f in films:
         frames, fps, wave, rate = read_movie(f)
         assert frames.shape[1] == frames.shape[2] and not frames.shape[1] % 64 and fps == pytest.approx(50) and abs(len(wave)/rate - len(frames)/50) < .1 and np.abs(wave).max() > .05 and float(frames.std()) > .05
+    names = [f.name.removesuffix("_video.mp4") for f in films]
+    (tmp_path/"s.json").write_text(json.dumps({"train": names[:1], "unseen_speech": names[1:], "unseen_subject": [], "both": []}))
+    tiny = ["--epochs", "1", "--set", "per_epoch=4", "--set", "batch_size=2", "--cache", str(tmp_path/"c"), "--device", "cpu"]
+    assert main(["train", "diffusion", str(tmp_path/"d"), "--out", str(tmp_path/"run"), "--split", str(tmp_path/"s.json"), *tiny]) == 0 and (tmp_path/"run"/"best"/"model.safetensors").exists()
+    assert main(["evaluate", str(tmp_path/"d"), "--run", str(tmp_path/"run"), "--out", str(tmp_path/"t"), "--tables", "translate"]) == 2 and "a run of sirem train diffusion" in capsys.readouterr().err
+    argv = ["generate", str(next((tmp_path/"d").rglob("*.wav"))), "--checkpoint", str(tmp_path/"run"), "--first-frame", str(films[1]), "--seconds", "0.4", "--steps", "2", "--seed", "3", "--device", "cpu"]
+    assert main([*argv, "--out", str(tmp_path/"x.mp4")]) == 0
+    frames, fps, wave, _ = read_movie(tmp_path/"x.mp4"); about = json.loads((tmp_path/"x.json").read_text())
+    assert len(frames) == 20 and fps == pytest.approx(50) and wave is not None and about["steps"] == 2 and about["seed"] == 3 and "its first frame was taken" in capsys.readouterr().err
+    assert main([*argv[:2], "--checkpoint", str(tmp_path/"s.json"), "--out", str(tmp_path/"y.mp4")]) == 2 and not (tmp_path/"y.mp4").exists()
     assert main(["simulate", str(tmp_path/"e"), "--no-raw", "--video", str(films[0])]) == 2 and "a movie already" in capsys.readouterr().err
 
 
