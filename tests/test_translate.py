@@ -10,10 +10,11 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 
 from sirem_nb.translate.adversary import Discriminator, discriminator_loss, printed_losses, translator_loss
 from sirem_nb.translate.attention import SelfResidualAttention, moving_share, residuals
-from sirem_nb.translate.cine_translator import CineTranslator, TranslatorConfig, count_parameters, recon_loss
+from sirem_nb.translate.cine_translator import CineTranslator, KeepTime, KeepTimeConfig, TranslatorConfig, count_parameters, lively_start, recon_loss
 from sirem_nb.translate.disentangle import pairwise_kl, reparametrise, slice_latent, word_use
 from sirem_nb.translate.lip2audspec import AudioAutoencoder, Lip2AudSpec, Lip2AudSpecConfig, StackableLSTM, audspec_loss, corr2, inputs, time_first
 from sirem_nb.translate.mel import METHODS, MEL, MelSettings, crops, griffin_lim, istft, join_windows, mel_power, mel_spectrogram, stft, to_power, to_wave
+from sirem_nb.translate.train import toy_utterance
 
 SMALL = dict(matrix=32, channels=(4, 8, 16, 16, 32))
 
@@ -326,3 +327,29 @@ def test_training_with_noise_and_batch_norm_stacks_too():
     for m, xi in zip(folds, x): m(xi)
     assert out.shape == (2, 3, 64, 64)
     for i, m in enumerate(folds): assert torch.allclose(buffers["encoder.1.running_mean"][i], m.encoder[1].running_mean, atol=1e-5)
+
+
+# ---------------------------------------------------------------- starting values, and time that is kept
+@pytest.mark.parametrize("config", [dict(matrix=32), dict(SMALL, sample=False), dict(SMALL, attention=True)])
+def test_a_lively_start_lets_the_film_through(config):
+    x = torch.stack([torch.from_numpy(toy_utterance(i, i % 2 == 0)[0]) for i in range(4)])
+    def share(model):
+        with torch.no_grad(): mel = model.eval()(x)["mel"].clamp(1e-6, 1 - 1e-6).logit()
+        return float((mel - mel.mean(0)).std()/mel.std())
+    blind, sees = ([share(start(build(TranslatorConfig(**config), seed))) for seed in range(3)] for start in (lambda m: m, lively_start))
+    assert min(sees) > .02 and min(sees) > 5*max(blind)
+    model = lively_start(build(TranslatorConfig(**config)))
+    assert (model.eval()(x)["log_var"] == 0).all() and all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_keep_time_keeps_time_and_comes_back_from_a_file(tmp_path):
+    torch.manual_seed(0)
+    model = lively_start(KeepTime(KeepTimeConfig(matrix=32, channels=(4, 8, 8, 8, 16), hidden=32))).eval()
+    x = seeded(2, 26, 32, 32).requires_grad_()
+    for column, frame in ((4, 1.6), (32, 12.6), (60, 23.5)):
+        g, = torch.autograd.grad(model(x)["mel"][:, :, column].sum(), x)
+        weight = (g - g.median(1, keepdim=True).values).abs().sum((0, 2, 3))
+        assert abs(float((weight*torch.arange(26)).sum()/weight.sum()) - frame) < 3
+    again = KeepTime.from_pretrained(model.save_pretrained(tmp_path/"m"))
+    assert again.config == model.config and torch.equal(again.eval()(x)["mel"], model(x)["mel"]) and model(x)["mel"].shape == (2, 64, 64)
+    with pytest.raises(ValueError, match="expected \\(batch, 26, 32, 32\\)"): model(seeded(2, 25, 32, 32))
