@@ -211,6 +211,28 @@ def test_movies_without_raw_data(tmp_path, capsys):
     assert main(["simulate", str(tmp_path/"e"), "--no-raw", "--video", str(films[0])]) == 2 and "a movie already" in capsys.readouterr().err
 
 
+def test_evaluate_knows_a_generator(tmp_path, monkeypatch, capsys):
+    "Which table is made of which run, and with what; the tables themselves are tested with notebook 88."
+    scores, train = pytest.importorskip("sirem_nb.diffusion.scores"), pytest.importorskip("sirem_nb.diffusion.train")
+    from types import SimpleNamespace
+    import sirem_nb.diffusion.condition as condition
+    (tmp_path/"run").mkdir(); (tmp_path/"run"/"settings.json").write_text('{"model": "diffusion"}'); seen = []
+    monkeypatch.setattr(scores, "score_diffusion", lambda data, run, out, **kw: seen.append((run, out, kw)))
+    assert main(["evaluate", str(tmp_path), "--run", str(tmp_path/"run"), "--out", str(tmp_path/"t"), "--utterances", "3", "--seed", "5"]) == 0
+    (run_, out, kw), = seen
+    assert (run_, out, kw["n"], kw["seed"], kw["tracker"].name) == (tmp_path/"run", tmp_path/"t", 3, 5, "tracker") and "diffusion.json" in capsys.readouterr().out
+    monkeypatch.setattr(train, "load_diffusion", lambda run: SimpleNamespace(config=SimpleNamespace(encoder="logmel", size=64)))
+    monkeypatch.setattr(condition, "read_talks", lambda *a, **k: "talks")
+    monkeypatch.setattr(scores, "split_of", lambda run, talks: {"both": ["a"]})
+    monkeypatch.setattr(scores, "utterances", lambda talks, names, n, seconds, split: [(talks, tuple(names), seconds)]*n)
+    monkeypatch.setattr(scores, "reader_of", lambda tracker: tracker.name)
+    monkeypatch.setattr(scores, "drift", lambda net, us, reader, seed: {"us": us, "reader": reader})
+    monkeypatch.setattr(scores, "drift_records", lambda rows, split: [{"n": len(rows["us"]), "reader": rows["reader"], "of": list(rows["us"][0])}])
+    monkeypatch.setattr(scores, "drift_verdict", lambda rows, split: [{"verdict": split}])
+    assert main(["evaluate", str(tmp_path), "--run", str(tmp_path/"run"), "--out", str(tmp_path/"t"), "--tables", "drift", "--utterances", "2"]) == 0
+    assert json.loads((tmp_path/"t"/"drift.json").read_text()) == [{"n": 2, "reader": "tracker", "of": ["talks", ["a"], 10.0]}, {"verdict": "both"}]
+
+
 def test_same_seed_same_data(tmp_path):
     for d in ("a", "b"): assert main(["simulate", str(tmp_path/d), "--speakers", "1", "--words", "asouk", "--workers", "1", "--seed", "5"]) == 0
     a, b = (next((tmp_path/d).glob("sub001/2drt/raw/*.h5")) for d in "ab")
