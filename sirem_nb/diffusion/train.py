@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'LEVELS', 'toy_talk', 'toy_talks', 'DiffusionSettings', 'make_settings', 'draw_task', 'TaskLoader', 'Trainee',
-           'rate_at', 'new_optimizer', 'precision', 'clip_loss', 'loss_fn', 'judge', 'motion', 'new_model',
+           'rate_at', 'new_optimizer', 'precision', 'clip_loss', 'loss_fn', 'judge', 'spectra', 'new_model',
            'choose_recordings', 'keep_going', 'train_diffusion', 'load_diffusion']
 
-# %% ../../nbs/80_diffusion/86_train.ipynb #62312a26
+# %% ../../nbs/80_diffusion/86_train.ipynb #e38a4c8b
 import contextlib
 import copy
 import json
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..data.mrd import write_json
 from .condition import ClipLoader, Talks, feature_stats, read_talks, speech_vectors, three_splits
 from .noise import denoise, draw_sigma, edm_loss, measure_sigma_data
-from .unet3d import PAPER, SMALL, UNet3D, known_up_to
+from .unet3d import PAPER, SMALL, UNet3D
 from ..learning.checkpoint import Pretrained
 from ..learning.speech_encoders import load_encoder
 from ..learning.training import Run, epoch_seed, run_epoch, save_state, settings_of, wait
@@ -171,7 +171,7 @@ def new_optimizer(
     optimizer.register_step_pre_hook(warm); optimizer.register_step_post_hook(model.follow)
     return optimizer
 
-# %% ../../nbs/80_diffusion/86_train.ipynb #1857c39f
+# %% ../../nbs/80_diffusion/86_train.ipynb #0169bde5
 def precision(device, mixed=None):
     "The context in which the network runs: bfloat16 where it is safe, or plain float32."
     mixed = device.type == "cuda" if mixed is None else mixed
@@ -182,7 +182,7 @@ def clip_loss(net, x, sigma, noise, known, **conditions):
     c = net.config
     if not c.reference: return edm_loss(net, x, sigma, c.edm, noise, known, **conditions)
     error = (denoise(net, x + sigma[..., None, None, None]*noise, sigma, c.edm, **conditions) - x).square().mean((2, 3, 4))
-    return ((~known)*error/known_up_to(sigma.clamp_min(c.edm.sigma_min)**2, c)[1]).sum()/(~known).sum()
+    return ((~known)*error/net.guess.known_up_to(sigma.clamp_min(c.edm.sigma_min)**2)[2]).sum()/(~known).sum()
 
 def loss_fn(mixed=None):
     "What train_step of notebook 53 wants: (model, batch) -> scalar."
@@ -218,29 +218,38 @@ def judge(
     mean = sum(right.values())/len(levels)
     return {"score": -mean, "val_loss": mean, **{f"val_{v:g}": r for v, r in right.items()}, "val_wrong": wrong, "hears": wrong/right[max(levels)]}
 
-# %% ../../nbs/80_diffusion/86_train.ipynb #964c3555
-def motion(talks, index, length):
-    "Spread of the frames of clips around the first frame of each."
-    clips = [v[:len(v)//length*length].unflatten(0, (-1, length)).float()/127.5 for v in (talks.videos[i] for i in index) if len(v) >= length]
-    return (sum((c[:, 1:] - c[:, :1]).square().mean().item() for c in clips)/len(clips))**.5
+# %% ../../nbs/80_diffusion/86_train.ipynb #997dff40
+def spectra(talks, index, length):     # -> (y, x//2 + 1) twice
+    "Mean power of the pictures, and of the difference between a clip's frames and its first one, at each spatial frequency."
+    power = lambda v: torch.fft.rfft2(v, norm="ortho").abs().square().flatten(0, -3).mean(0)
+    clips = [v[:len(v)//length*length].unflatten(0, (-1, length)).float()/127.5 - 1 for v in (talks.videos[i] for i in index) if len(v) >= length]
+    both = [torch.stack([power(c[:, 0]), power(c[:, 1:] - c[:, :1])]) for c in clips]
+    return torch.stack(both).mean(0).clamp_min(1e-7)
 
-# %% ../../nbs/80_diffusion/86_train.ipynb #f837f500
+# %% ../../nbs/80_diffusion/86_train.ipynb #25086f89
 def new_model(
-    talks,  # Talks
-    index,  # recordings to learn from
-    s,      # DiffusionSettings
-):          # Trainee
-    "A fresh network that knows the training data's scale: sigma_data, mean and spread of the speech vectors, a first frame."
+    talks,       # Talks
+    index,       # recordings to learn from
+    s,           # DiffusionSettings
+    start=None,  # a run or checkpoint whose weights to begin with
+):               # Trainee
+    "A network that knows the training data's scale: sigma_data, mean and spread of the speech vectors, a first frame."
     data = measure_sigma_data((talks.videos[i].float()/127.5 - 1 for i in index))
     stats, base = feature_stats(talks, index), {"small": SMALL, "paper": PAPER}[s.size]
     config = replace(base, size=talks.videos[0].shape[-1], frames=s.length, cond_dim=talks.dim, encoder=talks.encoder, pooled=s.pooled,
-                     motion_std=round(motion(talks, index, s.length), 4),
+                     
                      edm=replace(base.edm, sigma_data=round(data, 4), P_mean=s.P_mean, P_std=s.P_std))
     with torch.random.fork_rng([]):
         torch.manual_seed(epoch_seed(s.seed, 1_000_000))
         net = UNet3D(config)
+    if net.guess is not None: net.guess.picture.copy_((both := spectra(talks, index, s.length))[0]); net.guess.moved.copy_(both[1])
     net.speech.mean.copy_(stats["mean"]); net.speech.std.copy_(stats["std"])
     net.first_frame.copy_(talks.videos[index[0]][0].float()/255)
+    if start is not None:
+        old = load_diffusion(start)
+        if (old.config.cond_dim, old.config.encoder) != (config.cond_dim, config.encoder): raise ValueError(f"{start} listens to {old.config.encoder} ({old.config.cond_dim} numbers): expected {config.encoder} ({config.cond_dim})")
+        try: net.load_state_dict({**old.state_dict(), "first_frame": net.first_frame})
+        except RuntimeError as e: raise ValueError(f"{start} holds another network: {' '.join(str(e).split())[:200]}") from None
     return Trainee(net, s.ema)
 
 # %% ../../nbs/80_diffusion/86_train.ipynb #58086363
@@ -269,11 +278,12 @@ def keep_going(run, loader, loss, val_fn, progress=None):
                 write_json(run.out/"curves.json", meta)
             wait()
 
-# %% ../../nbs/80_diffusion/86_train.ipynb #6cd86bed
+# %% ../../nbs/80_diffusion/86_train.ipynb #d7f35a41
 def train_diffusion(
     data, out,      # folder of recordings, or Talks; folder of the run
     split=None,     # {"train": [names], ...}, path of a .json, or None: the three splits of notebook 83
     resume=False,   # go on where an interrupted run stopped
+    start=None,     # a trained model to begin with: a run, or a checkpoint
     device="cpu", cache=None, progress=None, row="ours",
     **settings,     # fields of DiffusionSettings
 ):                  # UNet3D with the mean weights, in eval mode
@@ -282,13 +292,13 @@ def train_diffusion(
     talks = data if isinstance(data, Talks) else read_talks(data, s.encoder, cache=cache)
     split = three_splits(talks, s.seed) if split is None else split if isinstance(split, dict) else json.loads(Path(split).read_text())
     train, val = choose_recordings(talks, split, s.seed)
-    model = new_model(talks, train, s).to(device)
+    model = new_model(talks, train, s, start).to(device)
     clips = ClipLoader(talks, train, s.length, s.batch_size, s.per_epoch, s.seed)
     loader = TaskLoader(clips, s, model.net.config.edm)
     fixed = list(ClipLoader(talks, val or train, s.length, 12, 48, s.seed + 1))
     settings = json.loads(json.dumps(asdict(s))) | {"clip": 1., "train": sorted(split["train"])}
     run = Run(out, model, new_optimizer(model, s, s.epochs*len(loader)), settings, resume)
-    if run.main: write_json(out/"split.json", split); write_json(out/"settings.json", {**asdict(s), "model": "diffusion", "preset": row, "sigma_data": model.net.config.edm.sigma_data, "val": [talks.names[i] for i in val]})
+    if run.main: write_json(out/"split.json", split); write_json(out/"settings.json", {**asdict(s), "model": "diffusion", "preset": row, "start": start and str(start), "sigma_data": model.net.config.edm.sigma_data, "val": [talks.names[i] for i in val]})
     keep_going(run, loader, loss_fn(s.mixed), lambda m: judge(m.mean, fixed), progress)
     return load_diffusion(out, device)
 
