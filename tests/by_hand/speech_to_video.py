@@ -30,7 +30,7 @@ from sirem_nb.evaluate.video import Blocks, clip_features, fvd, load_i3d
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
 OUT, TRACKER = ROOT/"results"/"speech_to_video.json", ROOT/"checkpoints"/"tracker"
-N, SECONDS, PILE, SEED = {"unseen_speech": 30, "unseen_subject": 24, "both": 24}, 2., 256, 0
+N, SECONDS, PILE, SEED = {"unseen_speech": 24, "unseen_subject": 16, "both": 16}, 2., 256, 0
 LAST = 1.5
 MAKING = dict(method="overlap", context=3, known_sigma=.02, steps=4, solver=sc.stopping_at(LAST), guidance_scale=1.)   # chosen by `choose`
 
@@ -55,9 +55,8 @@ def some(clips, n=PILE): return clips[torch.linspace(0, len(clips) - 1, min(n, l
 
 def piles(data, cache):
     talks, split = world(data, cache)
-    us, i3d = sc.utterances(talks, split["unseen_speech"], N["unseen_speech"], SECONDS, "unseen_speech"), load_i3d()
-    films = {"training": sc.training_clips(talks, split["train"], PILE), "training-again": sc.training_clips(talks, split["train"], 2*PILE + 1)[1::2],
-             "truth": some(sc.clips_of(torch.stack([u.video for u in us])))}
+    i3d = load_i3d()
+    films = {"training": sc.training_clips(talks, split["train"], PILE), "training-again": sc.training_clips(talks, split["train"], 2*PILE + 1)[1::2]}
     for name, clips in films.items():
         np.save(Path(cache)/f"i3d-{name}.npy", clip_features(clips, i3d, 1.).numpy())
         print(name, len(clips), "clips", round(time.process_time()), "s", flush=True)
@@ -65,28 +64,35 @@ def piles(data, cache):
 
 def scores(data, cache, model, *parts):
     talks, split = world(data, cache)
-    net, reader, others, lpips = load_diffusion(model), sc.reader_of(TRACKER), sc.training_clips(talks, split["train"], PILE), load_lpips()
+    net, reader, others = load_diffusion(model), sc.reader_of(TRACKER), sc.training_clips(talks, split["train"], PILE)
     for part in parts or N:
         us = sc.utterances(talks, split[part], N[part], SECONDS, part)
-        records, films = sc.score_part(net, us, reader, others, lpips, (Blocks(),), seed=SEED, **MAKING)
-        np.savez_compressed(Path(cache)/f"films-{part}.npz", **{k: (films[k]*255).round().byte().numpy() for k in ("model", "other-audio", "no-audio")})
+        records, films = sc.score_part(net, us, reader, others, None, (Blocks(),), seed=SEED, **MAKING)
+        np.savez_compressed(Path(cache)/f"films-{part}.npz", **{k: (films[k]*255).round().byte().numpy() for k in films})
         keep(f"scores/{part}", records, utterances=len(us), subjects=sorted({u.subject for u in us}), recordings=len({u.name for u in us}))
         print(part, *[r["text"] for r in records if "text" in r], sep="\n", flush=True)
-        for row in films: print(f"{row:12s}", *(f"{m} {v['value']:.2f}" for m in ("tongue_mm", "lips_mm", "velum_mm", "ssim", "lpips") if (v := next((r for r in records if r["method"] == row and r["metric"] == m), None))), flush=True)
+        for row in films: print(f"{row:12s}", *(f"{m} {v['value']:.2f}" for m in ("tongue_mm", "lips_mm", "velum_mm", "lips_opening_corr", "lips_contact_f1", "tongue_speed_ratio", "ssim", "fvd-blocks") if (v := next((r for r in records if r["method"] == row and r["metric"] == m and r["value"] is not None), None))), flush=True)
 
 
 def fvds(data, cache, model):
-    "FVD of films that `scores` left in the cache."
-    i3d, films, out = load_i3d(), np.load(Path(cache)/"films-unseen_speech.npz"), []
-    load = lambda name: torch.from_numpy(np.load(Path(cache)/f"i3d-{name}.npy"))
-    rows = {"truth": load("truth"), "training": load("training-again"), "model": clip_features(some(sc.clips_of(torch.from_numpy(films["model"]).float()/255)), i3d, 1.)}
-    for name, f in rows.items(): out.append({"table": "diffusion", "split": "unseen_speech", "method": name, **fvd(load("training"), f, extractor=i3d), "against": "training", "frames": 10})
-    out.append({"table": "diffusion", "split": "unseen_speech", "method": "model", **fvd(rows["truth"], rows["model"], extractor=i3d), "against": "truth", "frames": 10})
+    "FVD and LPIPS of films that `scores` left in the cache, unseen speech."
+    i3d, films, split = load_i3d(), np.load(Path(cache)/"films-unseen_speech.npz"), {"table": "diffusion", "split": "unseen_speech"}
+    load = lambda name: torch.from_numpy(np.load(Path(cache)/f"i3d-{name}.npy")) if (Path(cache)/f"i3d-{name}.npy").exists() else None
+    clips = {k: some(sc.clips_of(torch.from_numpy(films[k]).float()/255)) for k in ("truth", "model", "other-audio", "mean-pose")}
+    out, lpips = [], load_lpips()
+    for k, v in clips.items():
+        if k == "truth": continue
+        d = sc.clip_scores(v[::4], clips["truth"][::4], v[:1], 1., lpips)
+        out += [{**split, "method": k, "metric": m, "value": d[m].mean().item(), "n": len(d[m]), "unit": "1"} for m in ("lpips", "temporal_lpips")]
+    keep("lpips", out)
+    rows = {"training": load("training-again"), "truth": clip_features(clips["truth"], i3d, 1.), "model": clip_features(clips["model"], i3d, 1.)}
+    out = [{**split, "method": k, **fvd(load("training"), f, extractor=i3d), "against": "training", "frames": 10} for k, f in rows.items() if f is not None]
+    out.append({**split, "method": "model", **fvd(rows["truth"], rows["model"], extractor=i3d), "against": "truth", "frames": 10})
     keep("fvd", out)
     for r in out: print(r["method"], r["against"], round(r["value"], 1), r["n_made"], r["note"])
 
 
-def curves(data, cache, model, n=8):
+def curves(data, cache, model, n=4):
     talks, split = world(data, cache)
     net, reader, others = load_diffusion(model), sc.reader_of(TRACKER), sc.training_clips(talks, split["train"], PILE)
     us, base = sc.utterances(talks, split["unseen_speech"], n, SECONDS, "unseen_speech"), {k: v for k, v in MAKING.items() if k not in ("steps", "solver", "guidance_scale")}
@@ -97,11 +103,11 @@ def curves(data, cache, model, n=8):
         keep(f"curves/{name}", sc.sweep(net, us, reader, others, settings, (Blocks(),), seed=SEED, **base), utterances=len(us)); print(name, round(time.process_time()), "s", flush=True)
 
 
-def choose(data, cache, model, n=8):
+def choose(data, cache, model, n=4):
     "Where to stop and how much noise on the past: on scripted recordings of the training set, never on a test part."
     talks, split = world(data, cache)
     us = sc.utterances(talks, split["train"], n, SECONDS, "train")
-    settings = [{"solver": sc.stopping_at(s), "last_sigma": s, "steps": k, "known_sigma": v} for s, k in ((.002, 8), (.3, 6), (1.5, 4), (5., 3)) for v in ((.1, .02) if s != 1.5 else (.1, .03, .02, .01))]
+    settings = [{"solver": sc.stopping_at(s), "last_sigma": s, "steps": k, "known_sigma": v} for s, k in ((.002, 8), (.5, 5), (1.5, 4), (5., 3)) for v in ((.1, .02) if s != 1.5 else (.1, .05, .02, .01))]
     keep("choose", sc.sweep(load_diffusion(model), us, sc.reader_of(TRACKER), sc.training_clips(talks, split["train"], PILE), settings, (Blocks(),), seed=SEED, method="overlap", context=3), utterances=len(us))
 
 
