@@ -80,6 +80,21 @@ def test_numbers_are_unique():
     assert len(numbers) == len(set(numbers))
 
 
+def test_sidebar_has_every_notebook_once_and_in_order():
+    listed = re.findall(r"href: (\S+\.ipynb)", (ROOT/"_quarto.yml").read_text().split("navbar:")[0])
+    assert listed == ["index.ipynb"] + [name(p) for p in NOTEBOOKS if p.stem != "index"]
+
+
+def test_links_inside_the_book_lead_somewhere():
+    lost = []
+    for p in NOTEBOOKS:
+        for c in cells(p):
+            if c["cell_type"] != "markdown": continue
+            for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", source(c)):
+                if not re.match(r"[a-z]+:", target) and not (p.parent/target).exists(): lost.append(f"{name(p)}: {target}")
+    assert not lost, lost
+
+
 def test_readme_is_the_index():
     from nbconvert import MarkdownExporter
     text, _ = MarkdownExporter().from_filename(str(ROOT/"nbs"/"index.ipynb"))
