@@ -228,7 +228,7 @@ class Obedient:
 def grey(n): return (0.8 * torch.sin(torch.arange(n) * 1.7 + 0.3))[:, None]      # every frame differs from its neighbours
 
 
-@pytest.mark.parametrize("kw", [dict(method="feedback"), dict(context=1), dict(context=3, known_sigma=0.2), dict(context=9, known_sigma=0.05), dict(context=4, length=7)])
+@pytest.mark.parametrize("kw", [dict(method="feedback"), dict(context=1), dict(context=3, known_sigma=0.2), dict(context=9, known_sigma=0.05, anchor=False), dict(context=8), dict(context=4, length=7)])
 @pytest.mark.parametrize("n", [1, 2, 9, 10, 11, 37])
 def test_blocks_join_without_gap_or_repeat(kw, n):
     sound, first = grey(n), torch.full((4, 4), 0.25)
@@ -242,12 +242,16 @@ def test_blocks_join_without_gap_or_repeat(kw, n):
 
 def test_what_is_given_and_how_noisy():
     net = Obedient()
-    list(generate(net, grey(30), torch.zeros(4, 4), context=3, known_sigma=0.2, steps=2, solver="euler"))
+    list(generate(net, grey(30), torch.zeros(4, 4), context=3, known_sigma=0.2, anchor=False, steps=2, solver="euler"))
     levels = [(4 * c).exp() for c, _ in net.calls]
     given = [int((torch.isclose(s[0], torch.tensor(0.2), rtol=1e-4)).sum()) for s in levels]
     assert given[:2] == [1, 1] and set(given[2:]) == {3}                 # one frame is all there is at first
     starts = [round(float(f[0, 0, 0] * 1e6)) for _, f in net.calls[::2]]
     assert starts == [round(float(grey(30)[a, 0] * 1e6)) for a, _ in plan_windows(30, 10, 3)]
+    held = Obedient()
+    list(generate(held, grey(30), torch.zeros(4, 4), context=3, known_sigma=0.2, steps=2, solver="euler"))
+    assert all(torch.isclose((4 * c).exp()[0, 0], torch.tensor(0.01), rtol=1e-4) and torch.isclose((4 * c).exp()[0, 1], torch.tensor(0.2), rtol=1e-4) and f[0, 0] == grey(30)[0] for c, f in held.calls)
+    assert [round(float(f[0, 1, 0] * 1e6)) for _, f in held.calls[::2]] == [round(float(grey(30)[a, 0] * 1e6)) for a, _ in plan_windows(30, 9, 3)]
     paper = Obedient()
     list(generate(paper, grey(30), torch.zeros(4, 4), method="feedback", context=5, known_sigma=0.2, steps=2, solver="euler"))
     first = torch.stack([(4 * c).exp()[0] for c, _ in paper.calls])
@@ -258,8 +262,8 @@ def test_it_streams():
     net = Obedient()
     movie = generate(net, grey(100), torch.zeros(4, 4), steps=4, solver="euler")
     assert len(next(movie)) == 1 and not net.calls
-    assert len(next(movie)) == 9 and len(net.calls) == 4
-    assert len(next(movie)) == 7 and len(net.calls) == 8
+    assert len(next(movie)) == 8 and len(net.calls) == 4
+    assert len(next(movie)) == 6 and len(net.calls) == 8
 
 
 def test_one_seed_one_movie_and_bad_input():

@@ -29,9 +29,9 @@ from sirem_nb.speaker.corpus import FREE, simulate_corpus
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
 OUT, TRACKER, SEED = ROOT/"results"/"drift.json", ROOT/"checkpoints"/"tracker", 0
-OURS = dict(context=3, known_sigma=.1, steps=8, guidance_scale=1.)                  # what sirem generate does
-WAYS = {"feedback": dict(method="feedback"), "1 clean frame, overlap": dict(context=1, known_sigma=0.), "1 frame, 0.1": dict(context=1), "3 frames, clean": dict(known_sigma=0.), "3 frames, 0.03": dict(known_sigma=.03),
-        "3 frames, 0.1": {}, "3 frames, 0.3": dict(known_sigma=.3), "5 frames, 0.1": dict(context=5), "5 steps": dict(steps=5), "16 steps": dict(steps=16), "guidance 1.5": dict(guidance_scale=1.5), "guidance 2": dict(guidance_scale=2.)}
+OURS = dict(context=3, known_sigma=.1, anchor=True, steps=5, guidance_scale=1.)                  # what sirem generate does
+WAYS = {"feedback": dict(method="feedback"), "3 frames, 0.1": {}, "no anchor": dict(anchor=False), "no anchor, 0.02": dict(anchor=False, known_sigma=.02), "1 frame, 0.1": dict(context=1), "3 frames, 0.02": dict(known_sigma=.02),
+        "3 frames, 0.3": dict(known_sigma=.3), "5 frames, 0.1": dict(context=5), "8 steps": dict(steps=8), "guidance 1.5": dict(guidance_scale=1.5)}
 
 
 def keep(stage, records, **about):
