@@ -130,3 +130,16 @@ def test_notes_and_where_they_lie(tmp_path):
     assert u.find_metafile(raw) == file and u.notes_of(file, NAME) == ["notes: artefact", "n: 3"] and u.notes_of(file, "sub009_2drt_01") == []
     file.write_text("{")
     with pytest.raises(ValueError, match="not JSON"): u.notes_of(file, NAME)
+
+
+def test_the_commands(server, tmp_path):
+    import os, subprocess, sys
+    from pathlib import Path
+    sirem = lambda *a: subprocess.run([Path(sys.executable).parent/"sirem", *map(str, a)], capture_output=True, text=True, env={**os.environ, "NO_PROXY": "127.0.0.1"})
+    r = sirem("download", "usc75", "--subject", "9", "--task", "12_picture1", "--what", "audio,video", "--url", server.url, "--out", tmp_path/"d")
+    assert r.returncode == 0 and r.stdout.count("wrote ") == 2 and (tmp_path/"d"/"sub009"/"2drt"/"audio"/"sub009_2drt_12_picture1_audio.wav").is_file(), r.stderr
+    r = sirem("download", "usc75", "--subject", "9", "--task", "rainbow", "--url", server.url, "--out", tmp_path/"d")
+    assert r.returncode == 2 and len(r.stderr.strip().splitlines()) == 1 and "06_rainbow_r1" in r.stderr
+    server.ranges = False
+    r = sirem("download", "usc75", "--subject", "9", "--task", "12_picture1", "--url", server.url, "--out", tmp_path/"e")
+    assert r.returncode == 2 and "only the whole file" in r.stderr and not (tmp_path/"e").exists()
