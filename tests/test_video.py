@@ -367,6 +367,6 @@ def test_a_solver_that_stops_early_returns_the_denoisers_answer_there(world):
     seen = []
     spy = lambda x, c_noise, **k: (seen.append((4*c_noise[0, -1]).exp().item()), net(x, c_noise, **k))[1]
     spy.config = net.config
-    film = sc.make_films(spy, u.features[None, :10], u.video[:1], steps=3, solver=sc.stopping_at(1.5))
+    film = sc.make_films(spy, u.features[None, :10], u.video[:1], steps=3, anchor=False, solver=sc.stopping_at(1.5, "dpm2m"))
     assert seen == pytest.approx([10., (10**(1/7)/2 + 1.5**(1/7)/2)**7, 1.5], rel=1e-4)
     assert torch.allclose(film[0], u.video[:10], atol=1e-4) and sc.calls(3, sc.stopping_at(1.5, "heun")) == 5 and sc.calls(3, "dpm2m-to-1.5") == 3

@@ -4,9 +4,9 @@
 __all__ = ['SKIP_S', 'SAID', 'UNITS', 'Utterance', 'true_outlines', 'resting', 'places', 'utterances', 'make_films', 'deaf',
            'other_of', 'control_films', 'reader_of', 'outlines', 'clips_of', 'mouth_scores', 'look_scores', 'summary',
            'verdict', 'pile_records', 'training_clips', 'score_part', 'score_diffusion', 'split_of', 'load_or_note',
-           'write_scores', 'calls', 'sweep', 'stopping_at', 'by_second', 'drift', 'drift_records', 'drift_verdict']
+           'write_scores', 'calls', 'sweep', 'by_second', 'drift', 'drift_records', 'drift_verdict']
 
-# %% ../../nbs/80_diffusion/88_scores.ipynb #4e5f8651
+# %% ../../nbs/80_diffusion/88_scores.ipynb #d65532d2
 import datetime
 import json
 import os
@@ -22,9 +22,8 @@ import torch
 from ..data.mrd import write_json
 from .condition import SPLITS, Talks, find_talks, read_talks, three_splits
 from .long_video import generate
-from .noise import EdmConfig
-from .sample import SOLVERS, karras_sigmas
 from .train import load_diffusion
+from .use import stopping_at
 from ..evaluate.articulators import articulator_scores, bootstrap, counted, curve_distance, follows_speech, frozen, mean_pose, paired_ratio
 from ..evaluate.perceptual import load_lpips
 from ..evaluate.video import Blocks, clip_features, clip_scores, fvd, load_i3d
@@ -279,7 +278,7 @@ def score_part(
     out += pile_records(films, others, extractors, fvd_rows, split=us[0].split) + verdict(mouths, **common)
     return out + [{**common, "method": "model", "metric": "seconds_per_second", "value": pace, "n": len(us), "unit": "s"}], films
 
-# %% ../../nbs/80_diffusion/88_scores.ipynb #f2a3b559
+# %% ../../nbs/80_diffusion/88_scores.ipynb #b3e95016
 def score_diffusion(
     data,                # folder of talks, or Talks
     run,                 # folder of a run of train_diffusion, a checkpoint's folder, or a network
@@ -296,7 +295,7 @@ def score_diffusion(
     talks = read_talks(data, net.config.encoder, net.config.size, cache=cache) if not isinstance(data, Talks) else data
     split, records, missing = split or split_of(run, talks), [], {}
     lpips, extractors = load_or_note(load_lpips, "lpips", missing) if use_lpips else None, extractors if extractors is not None else [Blocks(), *filter(None, [load_or_note(load_i3d, "fvd", missing)])]
-    others, reader, settings = training_clips(talks, split["train"], pile), reader_of(tracker), {"method": "overlap", "context": 3, "known_sigma": 0.1, "steps": 8, "solver": "dpm2m", "guidance_scale": 1., **making}
+    others, reader, settings = training_clips(talks, split["train"], pile), reader_of(tracker), {"method": "overlap", "context": 3, "known_sigma": 0.02, "steps": 4, "solver": stopping_at(1.5, "dpm2m"), "guidance_scale": 1., **making}
     for name in splits:
         us = utterances(talks, split[name], n, seconds, name)
         records += score_part(net, us, reader, others, lpips, extractors, fvd_rows, seed=seed, **settings)[0]
@@ -327,37 +326,26 @@ def calls(
     "What a setting costs."
     return (2*steps - 1 if solver.startswith("heun") else steps)*(2 if guidance_scale != 1 else 1)
 
-# %% ../../nbs/80_diffusion/88_scores.ipynb #86b30087
+# %% ../../nbs/80_diffusion/88_scores.ipynb #c131c7c7
 def sweep(
     net,        # see make_films
     us,         # list of Utterance
     reader,     # see reader_of
     others,     # (clip, length, y, x) of the training set
-    settings,   # [{steps, solver, guidance_scale, ...}]
+    settings,   # [{steps, solver, guidance_scale, ..., and "label": {...}, which is only written into the records}]
     extractors=(), metrics=("tongue_mm", "lips_mm", "tongue_speed_ratio", "tongue_shake_ratio", "ssim"),
     **making,
 ):              # records
     "Quality for each setting, on the same utterances."
     out, true = [], torch.stack([u.video for u in us])
     for s in settings:
-        begin = time.perf_counter()
+        begin, s, label = time.perf_counter(), {k: v for k, v in s.items() if k != "label"}, s.get("label", {})
         film = make_films(net, torch.stack([u.features for u in us]), true[:, 0], **making | s)
         pace = (time.perf_counter() - begin)/(film.shape[0]*film.shape[1]/us[0].fps)
         scores = mouth_scores([reader(x, u.pixel_mm) for x, u in zip(film, us)], us) | look_scores(film, true, others, fps=us[0].fps)
-        common = {"table": "sweep", "split": us[0].split, **s, "calls": calls(**making | s), "seconds_per_second": pace}
+        common = {"table": "sweep", "split": us[0].split, **s, **label, "calls": calls(**making | s), "seconds_per_second": pace}
         out += summary({k: scores[k] for k in metrics}, **common) + pile_records({"model": film}, others, extractors, None, **{k: v for k, v in common.items() if k != "table"})
     return out
-
-# %% ../../nbs/80_diffusion/88_scores.ipynb #831ec26c
-def stopping_at(
-    last_sigma,       # level of the last step
-    solver="dpm2m",   # one of diffusion.sample.SOLVERS
-):                    # name of the solver, for generate and make_films
-    "A solver whose steps end at last_sigma; there the denoiser's answer is the film."
-    name, steps_of = f"{solver}-to-{last_sigma:g}", SOLVERS[solver]
-    levels = lambda sigmas: karras_sigmas(len(sigmas) - 1, EdmConfig(sigma_max=float(sigmas[0]), sigma_min=last_sigma))
-    SOLVERS[name] = lambda denoiser, noise, sigmas, **kw: steps_of(denoiser, noise, levels(sigmas), **kw)
-    return name
 
 # %% ../../nbs/80_diffusion/88_scores.ipynb #c7054856
 def by_second(

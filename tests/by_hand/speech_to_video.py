@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OUT, TRACKER = ROOT/"results"/"speech_to_video.json", ROOT/"checkpoints"/"tracker"
 N, SECONDS, PILE, SEED = {"unseen_speech": 24, "unseen_subject": 16, "both": 16}, 2., 256, 0
 LAST = 1.5
-MAKING = dict(method="overlap", context=3, known_sigma=.02, steps=4, solver=sc.stopping_at(LAST), guidance_scale=1.)   # chosen by `choose`
+MAKING = dict(method="overlap", context=3, known_sigma=.02, steps=4, solver=sc.stopping_at(LAST, "dpm2m"), guidance_scale=1.)   # chosen by `choose`
 
 
 def world(data, cache):
@@ -74,11 +74,11 @@ def scores(data, cache, model, *parts):
         for row in films: print(f"{row:12s}", *(f"{m} {v['value']:.2f}" for m in ("tongue_mm", "lips_mm", "velum_mm", "lips_opening_corr", "lips_contact_f1", "tongue_speed_ratio", "ssim", "fvd-blocks") if (v := next((r for r in records if r["method"] == row and r["metric"] == m and r["value"] is not None), None))), flush=True)
 
 
-def fvds(data, cache, model):
-    "FVD and LPIPS of films that `scores` left in the cache, unseen speech."
+def fvds(data, cache, model, n=64):
+    "FVD and LPIPS of films that `scores` left in the cache, unseen speech; equally many clips in every pile."
     i3d, films, split = load_i3d(), np.load(Path(cache)/"films-unseen_speech.npz"), {"table": "diffusion", "split": "unseen_speech"}
-    load = lambda name: torch.from_numpy(np.load(Path(cache)/f"i3d-{name}.npy")) if (Path(cache)/f"i3d-{name}.npy").exists() else None
-    clips = {k: some(sc.clips_of(torch.from_numpy(films[k]).float()/255)) for k in ("truth", "model", "other-audio", "mean-pose")}
+    load = lambda name: some(torch.from_numpy(np.load(Path(cache)/f"i3d-{name}.npy")), n) if (Path(cache)/f"i3d-{name}.npy").exists() else None
+    clips = {k: some(sc.clips_of(torch.from_numpy(films[k]).float()/255), n) for k in ("truth", "model", "other-audio", "mean-pose")}
     out, lpips = [], load_lpips()
     for k, v in clips.items():
         if k == "truth": continue
@@ -96,8 +96,8 @@ def curves(data, cache, model, n=4):
     talks, split = world(data, cache)
     net, reader, others = load_diffusion(model), sc.reader_of(TRACKER), sc.training_clips(talks, split["train"], PILE)
     us, base = sc.utterances(talks, split["unseen_speech"], n, SECONDS, "unseen_speech"), {k: v for k, v in MAKING.items() if k not in ("steps", "solver", "guidance_scale")}
-    steps = [{"family": f, "solver": sc.stopping_at(last, s), "steps": k, "guidance_scale": 1.} for f, s, last, ks in
-             (("2M", "dpm2m", .002, (1, 2, 4, 8, 16)), ("Heun", "heun", .002, (2, 4, 8)), (f"2M to {LAST:g}", "dpm2m", LAST, (2, 4, 8)), (f"Heun to {LAST:g}", "heun", LAST, (2, 4))) for k in ks]
+    steps = [{"label": {"family": f}, "solver": sc.stopping_at(last, s), "steps": k, "guidance_scale": 1.} for f, s, last, ks in
+             (("2M", "dpm2m", .002, (1, 2, 4, 8)), ("Heun", "heun", .002, (2, 4)), (f"2M to {LAST:g}", "dpm2m", LAST, (2, 4, 8)), (f"Heun to {LAST:g}", "heun", LAST, (2, 4))) for k in ks]
     guide = [{**{k: MAKING[k] for k in ("solver", "steps")}, "guidance_scale": w} for w in (0., 1., 1.5, 2.5)]
     for name, settings in (("steps", steps), ("guidance", guide)):
         keep(f"curves/{name}", sc.sweep(net, us, reader, others, settings, (Blocks(),), seed=SEED, **base), utterances=len(us)); print(name, round(time.process_time()), "s", flush=True)
@@ -107,7 +107,7 @@ def choose(data, cache, model, n=4):
     "Where to stop and how much noise on the past: on scripted recordings of the training set, never on a test part."
     talks, split = world(data, cache)
     us = sc.utterances(talks, split["train"], n, SECONDS, "train")
-    settings = [{"solver": sc.stopping_at(s), "last_sigma": s, "steps": k, "known_sigma": v} for s, k in ((.002, 8), (.5, 5), (1.5, 4), (5., 3)) for v in ((.1, .02) if s != 1.5 else (.1, .05, .02, .01))]
+    settings = [{"solver": sc.stopping_at(s, "dpm2m"), "label": {"last_sigma": s}, "steps": k, "known_sigma": v} for s, k in ((.002, 8), (.5, 5), (1.5, 4), (5., 3)) for v in ((.1, .02) if s != 1.5 else (.1, .05, .02, .01))]
     keep("choose", sc.sweep(load_diffusion(model), us, sc.reader_of(TRACKER), sc.training_clips(talks, split["train"], PILE), settings, (Blocks(),), seed=SEED, method="overlap", context=3), utterances=len(us))
 
 
