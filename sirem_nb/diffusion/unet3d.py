@@ -206,13 +206,12 @@ class Guess(nn.Module):
         guess = torch.fft.irfft2((v*k + wide(s)*m*self.picture/(self.picture + wide(r)))/(v + wide(s)), norm="ortho")
         return clean, ((guess - frame*wide(self.data/(s + self.data)))/wide(out))[:, :, None], wide(mean.sqrt()/out)[:, :, None]
 
-# %% ../../nbs/80_diffusion/82_unet3d.ipynb #1cbdad7a
+# %% ../../nbs/80_diffusion/82_unet3d.ipynb #82ab1eb9
 class UNet3D(nn.Module, Pretrained):
     "The network F of EDM: it gets c_in x and ln(sigma)/4, and each frame has a noise level of its own."
     config_class = UNet3DConfig
     def __init__(self, config=SMALL):
-        super().__init__()
-        self.config = c = config
+        super().__init__(); self.config = c = config
         self.register_buffer("first_frame", torch.zeros(c.size, c.size))     # 0..1: to begin with where no other is given
         self.guess = Guess(c.size, c.edm.sigma_data) if c.reference else None
         self.noise = nn.Sequential(nn.Linear(64, c.emb_dim), nn.SiLU(), nn.Linear(c.emb_dim, c.emb_dim))
@@ -220,7 +219,6 @@ class UNet3D(nn.Module, Pretrained):
         self.stem, self.u = nn.Conv2d(c.patch**2*(1 + c.reference), c.dim, 3, padding=1), U(c)
         self.head = nn.Sequential(ChannelNorm(c.dim), nn.SiLU(), nn.Conv2d(c.dim, c.patch**2, 3, padding=1))
         nn.init.zeros_(self.head[-1].weight); nn.init.zeros_(self.head[-1].bias)
-
     def forward(self, x, c_noise, features=None, drop=None):     # -> (b, t, 1, y, x)
         "F. Raises ValueError: frames of another size, speech vectors that do not fit."
         c, (b, t) = self.config, x.shape[:2]

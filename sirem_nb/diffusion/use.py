@@ -76,7 +76,7 @@ def read_image(path):   # -> (y, x) float32 in 0..1, name
     if x.ndim == 3: x = x[..., :3] @ np.float32([.299, .587, .114]) if x.shape[2] >= 3 else x[..., 0]
     return torch.as_tensor(x), str(path)
 
-# %% ../../nbs/80_diffusion/87_use.ipynb #2bdbf179
+# %% ../../nbs/80_diffusion/87_use.ipynb #fc437de4
 @contextlib.contextmanager
 def movie_stream(
     path,     # the .mp4; it appears when all is written
@@ -96,7 +96,9 @@ def movie_stream(
             try: p.stdin.write(x.repeat(scale, 1).repeat(scale, 2).tobytes())
             except BrokenPipeError: finish(p, said)
         try: yield write; finish(p, said)
-        finally: p.kill(); p.wait()
+        finally:
+            p.kill(); p.wait()
+            with contextlib.suppress(OSError): p.stdin.close()
 
 # %% ../../nbs/80_diffusion/87_use.ipynb #72cb99b3
 def orders(side, fps, sound):     # pixels a side, frames a second, a sound file
