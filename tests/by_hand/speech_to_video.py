@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OUT, TRACKER = ROOT/"results"/"speech_to_video.json", ROOT/"checkpoints"/"tracker"
 N, SECONDS, PILE, SEED = {"unseen_speech": 24, "unseen_subject": 16, "both": 16}, 2., 256, 0
 LAST = 1.5
-MAKING = dict(method="overlap", context=3, known_sigma=.02, steps=4, solver=sc.stopping_at(LAST, "dpm2m"), guidance_scale=1.)   # chosen by `choose`
+MAKING = dict(method="overlap", context=3, known_sigma=.02, steps=4, solver=sc.stopping_at(LAST, "dpm2m"), guidance_scale=1., anchor=True)   # what sirem generate does; steps, level and noise by `choose`
 
 
 def world(data, cache):
