@@ -2,7 +2,7 @@
 
     python tests/by_hand/drift.py make   LONG                        # 16 virtual speakers, two free recordings of 12 s each (a quarter of an hour on two cores)
     python tests/by_hand/drift.py choose DATA  CACHE MODEL [NAME ...] # context, noise, steps, guidance: on the training speakers' scripts
-    python tests/by_hand/drift.py final  LONG  CACHE MODEL           # feedback and overlap on free speech that no training recording holds
+    python tests/by_hand/drift.py final  LONG  CACHE MODEL [PART ...] # feedback and overlap on free speech that no training recording holds
     python tests/by_hand/drift.py strip  LONG  CACHE MODEL           # frames for a picture
 
 DATA: what the model was trained on (checkpoints/README.md); MODEL: checkpoints/diffusion-small.
@@ -64,10 +64,10 @@ def choose(data, cache, model, *names):
         keep(f"choose/{name}", [r for r in sc.drift_records(rows, split="train") if r["method"] == name], setting={**OURS, **WAYS[name]}, cpu_s_here=round(time.process_time() - start))
 
 
-def final(data, cache, model):
+def final(data, cache, model, *parts):
     talks, net, reader = read_talks(data, cache=cache), load_diffusion(model), sc.reader_of(TRACKER)
     split = three_splits(talks, SEED)
-    for part in ("unseen_speech", "both"):
+    for part in parts or ("unseen_speech", "both"):
         us = sc.utterances(talks, split[part], 24, 10., part)
         print(part, len(us), "utterances", flush=True)
         rows = sc.drift(net, us, reader, {"feedback": {**OURS, "method": "feedback"}, "overlap": {"method": "overlap", **OURS}}, seed=SEED)
