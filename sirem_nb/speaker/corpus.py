@@ -256,7 +256,7 @@ def _whole(files, c):
     "Are all the files there that the settings ask for?"
     return all(p.is_file() for p, wanted in ((files.audio, True), (files.truth, True), (files.video, c.video), (files.raw, c.raw)) if wanted)
 
-# %% ../../nbs/30_speaker/36_corpus.ipynb #966bd2ad
+# %% ../../nbs/30_speaker/36_corpus.ipynb #4169a4ea
 def _one_thread():
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -277,7 +277,8 @@ def _same_plan(path, plan):
     "Write the plan, or see that the one that is there is the same."
     plan = json.loads(json.dumps(plan, default=str))
     old = json.loads(path.read_text()) if path.is_file() else plan
-    old["settings"] = json.loads(json.dumps(asdict(CorpusSettings()))) | old["settings"]      # a plan that knew fewer settings had their defaults
+    defaults = json.loads(json.dumps(asdict(CorpusSettings())))                               # a plan that knew fewer settings had their defaults
+    old["settings"] = {k: v for k, v in defaults.items() if k in plan["settings"]} | old["settings"]
     other = [k for k in plan if plan[k] != old.get(k) and k != "speakers"]
     if other: raise ValueError(f"{path} was made with other settings ({', '.join(other)}); choose another folder, or delete this one")
     if len(plan["speakers"]) >= len(old["speakers"]): write_json(path, plan)
