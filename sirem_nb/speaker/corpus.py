@@ -256,7 +256,7 @@ def _whole(files, c):
     "Are all the files there that the settings ask for?"
     return all(p.is_file() for p, wanted in ((files.audio, True), (files.truth, True), (files.video, c.video), (files.raw, c.raw)) if wanted)
 
-# %% ../../nbs/30_speaker/36_corpus.ipynb #4169a4ea
+# %% ../../nbs/30_speaker/36_corpus.ipynb #33e3f155
 def _one_thread():
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -272,13 +272,13 @@ def _run(make, jobs, n_workers, progress, desc):
             for done in [pool.submit(make, *job) for job in jobs]: done.result(); bar.update()
     bar.close()
 
-
+# %% ../../nbs/30_speaker/36_corpus.ipynb #276f893d
 def _same_plan(path, plan):
     "Write the plan, or see that the one that is there is the same."
     plan = json.loads(json.dumps(plan, default=str))
     old = json.loads(path.read_text()) if path.is_file() else plan
-    defaults = json.loads(json.dumps(asdict(CorpusSettings())))                               # a plan that knew fewer settings had their defaults
-    old["settings"] = {k: v for k, v in defaults.items() if k in plan["settings"]} | old["settings"]
+    known = json.loads(json.dumps(asdict(CorpusSettings()))).items()      # a plan that knew fewer settings had their defaults
+    old["settings"] = {k: v for k, v in known if k in plan["settings"]} | old["settings"]
     other = [k for k in plan if plan[k] != old.get(k) and k != "speakers"]
     if other: raise ValueError(f"{path} was made with other settings ({', '.join(other)}); choose another folder, or delete this one")
     if len(plan["speakers"]) >= len(old["speakers"]): write_json(path, plan)
