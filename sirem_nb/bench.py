@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['LAM', 'RUN', 'TASKS', 'REGULARISERS', 'bench_data', 'load_bench_data', 'timed', 'time_record', 'run_gridding',
            'run_iterative', 'run_converged', 'random_hubert', 'run_sirem', 'run_training', 'do_job', 'in_own_process',
-           'jobs', 'with_ratios', 'merge_rounds', 'bench_md', 'run_bench']
+           'jobs', 'with_ratios', 'merge_rounds', 'bench_md', 'run_bench', 'keep', 'read_history', 'history_md']
 
 # %% ../nbs/90_use/94_bench.ipynb #10642c36
 import datetime
@@ -316,13 +316,23 @@ def bench_md(records, meta):
     if meta["gpu"]: lines.append(f"\nGPU: {meta['gpu']}.")
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/90_use/94_bench.ipynb #b7c07a09
+# %% ../nbs/90_use/94_bench.ipynb #e1a38ea8
+def _commit():
+    "The commit of the code, where it runs from a clone; else None."
+    try: run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(peers.__file__).parent, capture_output=True, text=True)
+    except OSError: return None
+    return run.stdout.strip() or None
+
+
+def _load(): return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+# %% ../nbs/90_use/94_bench.ipynb #4ed7fa02
 def _facts(threads, seed, quick):
     "What the numbers depend on."
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((l.split(":")[1].strip() for l in lines if l.startswith("model name")), platform.processor() or platform.machine())
     versions = {p: importlib.metadata.version(p) for p in ("torch", "numpy", "scipy")} | peers.peers()
-    return {"command": f"sirem bench --threads {threads} --seed {seed}" + (" --quick" if quick else ""), "date": datetime.date.today().isoformat(), "seed": seed, "quick": quick,
+    return {"command": f"sirem bench --threads {threads} --seed {seed}" + (" --quick" if quick else ""), "date": datetime.date.today().isoformat(), "commit": _commit(), "load": _load(), "seed": seed, "quick": quick,
             "threads": threads, "cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions, "lam": LAM, "not_installed": {}, "failed": {}, "gpu": "", "complete": False}
 
 # %% ../nbs/90_use/94_bench.ipynb #cd549357
@@ -382,3 +392,36 @@ def _make_data(folder, seed, quick):
     "bench_data in a process with one thread: as a simulation should run."
     code = f"from sirem_nb.bench import bench_data; bench_data({str(folder)!r}, {seed}, {quick})"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+# %% ../nbs/90_use/94_bench.ipynb #ce0cb6a6
+def keep(
+    out,      # folder of a whole run: bench.json and bench.meta.json
+    history,  # .jsonl file, made if absent
+    note="",  # what a reader of the line should know
+):            # the line, dict
+    "Add a run to a history of runs. Raises ValueError."
+    records, meta = (json.loads((Path(out) / f).read_text()) for f in ("bench.json", "bench.meta.json"))
+    if meta["quick"] or not meta["complete"]: raise ValueError(f"{out}: a quick or an unfinished run; expected a whole run of sirem bench, since its times are kept")
+    part = lambda metric: {_row(r): round(r["value"], 4) for r in records if r["metric"] == metric}
+    line = {k: meta.get(k) for k in ("date", "commit", "cpu", "cores", "threads", "load", "seed")} | {"note": note, "ms_per_frame": part("ms_per_frame"), "ratio": part("ratio_to_sirem-nb")}
+    history = Path(history)
+    before = history.read_text() if history.exists() else ""
+    with replacing(history) as path: path.write_text(before + json.dumps(line) + "\n")
+    return line
+
+
+def _row(r): return ", ".join(str(r[k]) for k in ("task", "method", "regulariser", "encoder") if k in r) + (", density weights" if r.get("weighted") else "") + (f", {r['device']}" if r["device"] != "cpu" else "")
+
+
+def read_history(path): return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+# %% ../nbs/90_use/94_bench.ipynb #757a6636
+def history_md(
+    runs,            # of read_history
+    of="ratio",      # or "ms_per_frame"
+):                   # str of Markdown
+    "One column a run, newest last."
+    head = [f"{r['date']} {r['commit'] or ''}, {r['threads']} threads" + (f", load {r['load']}" if r["load"] else "") for r in runs]
+    rows = dict.fromkeys(k for r in runs for k in r[of])
+    cell = lambda r, k: f"{r[of][k]:.3g}" if k in r[of] else ""
+    return "\n".join(["| | " + " | ".join(head) + " |", "|---|" + "---|" * len(runs)] + [f"| {k} | " + " | ".join(cell(r, k) for r in runs) + " |" for k in rows])

@@ -108,7 +108,6 @@ def test_outlines_are_finite_continuous_and_do_not_cross(shape):
         assert points.shape[0] == len(p) and points.shape[-1] == 2 and torch.isfinite(points).all()
         assert (points - moved[name]).norm(dim=-1).max() < 0.05, name
     assert c["inner"].shape == c["outer"].shape
-    a = articulate(p, SHAPES[shape])
     assert (sagittal(c)[0] >= 0).all()
     for name in ("tongue", "velum", "palate", "upper_lip", "lower_lip", "jaw"):
         tangled = [i for i in range(0, len(p), 3) if crossings(c[name][i].numpy().astype(float))]

@@ -58,7 +58,6 @@ def test_long_recordings_are_worked_on_in_blocks(talk):
 
 def test_a_frozen_mouth_does_not_pass(talk):
     phones, true = talk
-    n = len(true["tongue"])
     still = articulator_scores(frozen(true), true, 50, phones)
     assert still["lips_contact_f1"] == 0 and still["tongue_speed_ratio"] == 0 and still["lips_opening_corr"].why == "nothing moves"
     rows = [articulator_scores(frozen({k: v[i:] for k, v in true.items()}), {k: v[i:] for k, v in true.items()}, 50) for i in range(0, 40, 5)]
@@ -163,7 +162,7 @@ def test_the_grid_keeps_a_point_where_it_is_in_mm():
 
 
 def test_moving_moves_picture_and_points_alike():
-    n, at = 112, (torch.arange(112) - 56)*(240/112)
+    at = (torch.arange(112) - 56)*(240/112)
     where = torch.tensor([[-20., 12.], [15., -30.], [3., 25.]]*4)
     spots = torch.exp(-((at - where[:, :1, None])**2 + (at[:, None] - where[:, 1:, None])**2)/(2*7.**2))
     x, p = move(spots, where[:, None].expand(-1, 594, 2), torch.Generator().manual_seed(3))

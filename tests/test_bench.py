@@ -82,3 +82,21 @@ def test_errors(tmp_path):
         with pytest.raises(ValueError, match="no CUDA device"):
             bench.run_bench(tmp_path, device="cuda")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_whole_run_is_kept_and_a_quick_one_is_not(out, tmp_path):
+    history = tmp_path / "history.jsonl"
+    with pytest.raises(ValueError, match="quick"): bench.keep(out, history)
+    assert not history.exists()
+    records, meta = json.loads((out / "bench.json").read_text()), json.loads((out / "bench.meta.json").read_text())
+    records.append({"task": "cg30", "method": "x", "regulariser": "l2", "device": "cpu", "metric": "ratio_to_sirem-nb", "value": 3.0})
+    (tmp_path / "bench.json").write_text(json.dumps(records)); (tmp_path / "bench.meta.json").write_text(json.dumps(meta | {"quick": False}))
+    for note in ("first", "second"): bench.keep(tmp_path, history, note)
+    runs = bench.read_history(history)
+    assert [r["note"] for r in runs] == ["first", "second"] and runs[0]["ratio"]["cg30, x, l2"] == 3.0 and runs[0]["ms_per_frame"]["gridding, sirem-nb"] > 0
+    assert "| cg30, x, l2 | 3 | 3 |" in bench.history_md(runs)
+
+
+def test_the_stored_history_is_of_whole_runs(root):
+    for r in bench.read_history(root/"results"/"bench_history.jsonl"):
+        assert r["date"] and r["threads"] and r["ratio"] and all(v > 0 for v in r["ratio"].values())

@@ -228,7 +228,7 @@ class Obedient:
 def grey(n): return (0.8 * torch.sin(torch.arange(n) * 1.7 + 0.3))[:, None]      # every frame differs from its neighbours
 
 
-@pytest.mark.parametrize("kw", [dict(method="feedback"), dict(context=1), dict(context=3, known_sigma=0.2), dict(context=9, known_sigma=0.05, anchor=False), dict(context=8), dict(context=4, length=7)])
+@pytest.mark.parametrize("kw", [dict(method="feedback"), dict(context=1), dict(context=3, known_sigma=0.2), dict(context=9, known_sigma=0.05, anchor=0), dict(context=8), dict(anchor=1), dict(anchor=2, last_sigma=0), dict(context=4, length=7)])
 @pytest.mark.parametrize("n", [1, 2, 9, 10, 11, 37])
 def test_blocks_join_without_gap_or_repeat(kw, n):
     sound, first = grey(n), torch.full((4, 4), 0.25)
@@ -241,29 +241,40 @@ def test_blocks_join_without_gap_or_repeat(kw, n):
 
 
 def test_what_is_given_and_how_noisy():
+    kw = dict(context=3, known_sigma=0.2, steps=2, solver="euler", last_sigma=0)
+    start_of = lambda plan: [round(float(grey(30)[a, 0] * 1e6)) for a, *_ in plan]
     net = Obedient()
-    list(generate(net, grey(30), torch.zeros(4, 4), context=3, known_sigma=0.2, anchor=False, steps=2, solver="euler"))
+    list(generate(net, grey(30), torch.zeros(4, 4), anchor=0, **kw))
     levels = [(4 * c).exp() for c, _ in net.calls]
     given = [int((torch.isclose(s[0], torch.tensor(0.2), rtol=1e-4)).sum()) for s in levels]
     assert given[:2] == [1, 1] and set(given[2:]) == {3}                 # one frame is all there is at first
-    starts = [round(float(f[0, 0, 0] * 1e6)) for _, f in net.calls[::2]]
-    assert starts == [round(float(grey(30)[a, 0] * 1e6)) for a, _ in plan_windows(30, 10, 3)]
-    held = Obedient()
-    list(generate(held, grey(30), torch.zeros(4, 4), context=3, known_sigma=0.2, steps=2, solver="euler"))
-    assert all(torch.isclose((4 * c).exp()[0, 0], torch.tensor(0.01), rtol=1e-4) and torch.isclose((4 * c).exp()[0, 1], torch.tensor(0.2), rtol=1e-4) and f[0, 0] == grey(30)[0] for c, f in held.calls)
-    assert [round(float(f[0, 1, 0] * 1e6)) for _, f in held.calls[::2]] == [round(float(grey(30)[a, 0] * 1e6)) for a, _ in plan_windows(30, 9, 3)]
+    assert [round(float(f[0, 0, 0] * 1e6)) for _, f in net.calls[::2]] == start_of(plan_windows(30, 10, 3))
+    is_anchored = lambda c, f: bool(torch.isclose((4 * c).exp()[0, 0], torch.tensor(0.01), rtol=1e-4))
+    for every in (1, 2, 3):                                              # the first frame goes to every so-manyth clip, in front of the others
+        held, plan = Obedient(), plan_windows(30, 10, 3, every)
+        list(generate(held, grey(30), torch.zeros(4, 4), anchor=every, **kw))
+        calls = held.calls[::2]
+        assert [is_anchored(*c) for c in calls] == [bool((i + 1) % every == 0) for i in range(len(plan))] == [bool(e) for *_, e in plan]
+        assert all(f[0, 0] == grey(30)[0] and torch.isclose((4 * c).exp()[0, 1], torch.tensor(0.2), rtol=1e-4) for c, f in calls if is_anchored(c, f))
+        assert [round(float(f[0, e, 0] * 1e6)) for (_, f), (*_, e) in zip(calls, plan)] == start_of(plan)
     paper = Obedient()
-    list(generate(paper, grey(30), torch.zeros(4, 4), method="feedback", context=5, known_sigma=0.2, steps=2, solver="euler"))
+    list(generate(paper, grey(30), torch.zeros(4, 4), method="feedback", **{**kw, "context": 5}))
     first = torch.stack([(4 * c).exp()[0] for c, _ in paper.calls])
     assert (first[:, 0] <= 0.002 + 1e-6).all() and (first[:, 1:] > 0.0019).all() and len(paper.calls) == 2 * 4
 
 
+def test_the_last_call_is_where_the_settings_say():
+    net = Obedient()
+    list(generate(net, grey(10), torch.zeros(4, 4), steps=3, last_sigma=1.5))
+    assert [round(float((4 * c).exp()[0, -1]), 3) for c, _ in net.calls] == [80., round((80**(1/7)/2 + 1.5**(1/7)/2)**7, 3), 1.5]
+
+
 def test_it_streams():
     net = Obedient()
-    movie = generate(net, grey(100), torch.zeros(4, 4), steps=4, solver="euler")
+    movie = generate(net, grey(100), torch.zeros(4, 4), steps=4, solver="euler", anchor=2)
     assert len(next(movie)) == 1 and not net.calls
-    assert len(next(movie)) == 8 and len(net.calls) == 4
-    assert len(next(movie)) == 6 and len(net.calls) == 8
+    assert len(next(movie)) == 9 and len(net.calls) == 4
+    assert len(next(movie)) == 6 and len(net.calls) == 8                 # three past frames and the first one
 
 
 def test_one_seed_one_movie_and_bad_input():
@@ -276,7 +287,8 @@ def test_one_seed_one_movie_and_bad_input():
     a = make()
     assert torch.equal(a, make()) and not torch.equal(a, make(1)) and torch.equal(state, torch.random.get_rng_state()) and 0 <= a.min() and a.max() <= 1
     assert torch.equal(torch.cat(list(generate(net, sound, steps=2)))[0], net.first_frame)
-    for word, kw in (("one for each frame", dict(frames=24)), ("at least one new frame", dict(context=10)), ("at least one new frame", dict(context=0)), ("expected feedback or overlap", dict(method="x")), ("0 or more", dict(known_sigma=-1.))):
+    for word, kw in (("one for each frame", dict(frames=24)), ("at least one new frame", dict(context=10)), ("at least one new frame", dict(context=0)), ("expected feedback or overlap", dict(method="x")), ("0 or more", dict(known_sigma=-1.)),
+                     ("expected 0, 1, 2", dict(anchor=-1)), ("expected 0, 1, 2", dict(anchor=.01)), ("at least one new frame", dict(context=9, anchor=1)), ("anker", dict(anker=1)), ("a level between 0 and 80", dict(last_sigma=90.))):
         with pytest.raises(ValueError, match=word):
             make(**kw)
     for word, bad in (("grey values in 0..1", 255 * first), ("grey values in 0..1", first * float("nan")), ("first frame of shape", torch.rand(3, 16, 16)), ("expected", torch.rand(20, 16))):

@@ -1,8 +1,5 @@
 "Notebooks 82, 86 and 87: the video network, its training, and the way from a sound file to a movie file."
 import json
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 
 import imageio.v3 as iio
@@ -18,6 +15,7 @@ from sirem_nb.data.sync import read_movie
 from sirem_nb.diffusion.condition import ClipLoader, three_splits
 from sirem_nb.diffusion.noise import denoise
 from sirem_nb.diffusion.unet3d import PAPER, SMALL, UNet3D
+from sirem_nb.learning import training
 
 TINY = dict(epochs=3, per_epoch=24, batch_size=6, warmup=2, val_every=1)
 
@@ -126,13 +124,13 @@ def test_best_holds_the_running_mean(run):
 
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_killed_and_resumed_is_the_same_run(toys, run, tmp_path, monkeypatch, at):
-    real = T.run_epoch
+    real = training.run_epoch
     def die(r, *a):
         if len(r.history) == at: raise KeyboardInterrupt
         return real(r, *a)
-    monkeypatch.setattr(T, "run_epoch", die)
+    monkeypatch.setattr(training, "run_epoch", die)
     with pytest.raises(KeyboardInterrupt): T.train_diffusion(toys, tmp_path/"k", **TINY)
-    monkeypatch.setattr(T, "run_epoch", real)
+    monkeypatch.setattr(training, "run_epoch", real)
     model = T.train_diffusion(toys, tmp_path/"k", resume=True, **TINY)
     same = [k for k in curve(run[0])[0] if k != "seconds"]
     assert [[h[k] for k in same] for h in curve(run[0])] == [[h[k] for k in same] for h in curve(tmp_path/"k")]
@@ -140,25 +138,9 @@ def test_killed_and_resumed_is_the_same_run(toys, run, tmp_path, monkeypatch, at
     with pytest.raises(ValueError, match="was begun with lr"): T.train_diffusion(toys, tmp_path/"k", resume=True, **{**TINY, "lr": .5})
 
 
-def test_two_processes_train_one_model(toys, tmp_path):
+def test_two_processes_train_one_model(toys, two_processes, tmp_path):
     "torchrun (what accelerate launch uses): gradients are averaged, and both processes end with the same weights."
-    script = tmp_path/"two.py"
-    script.write_text(textwrap.dedent(f"""
-        import torch, torch.distributed as dist
-        from accelerate import PartialState
-        from sirem_nb.diffusion.train import toy_talks, train_diffusion
-        torch.set_num_threads(1)
-        state = PartialState(cpu=True)
-        model = train_diffusion(toy_talks(), {str(tmp_path/"run")!r}, **{TINY!r})
-        total = torch.stack([p.double().sum() for p in model.parameters()]).sum()
-        both = [torch.zeros_like(total) for _ in range(2)]; dist.all_gather(both, total)
-        assert dist.get_world_size() == 2 and both[0] == both[1]
-        if state.is_main_process: print("SAME", flush=True)
-        dist.barrier()
-        import os; os._exit(0)      # gloo's threads now and then abort a process that takes itself apart
-    """))
-    r = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)], capture_output=True, text=True, timeout=300)
-    assert r.returncode == 0 and "SAME" in r.stdout, r.stderr[-2000:]
+    two_processes("sirem_nb.diffusion.train", f"train_diffusion(toy_talks(), {str(tmp_path/'run')!r}, **{TINY!r})")
     assert len(curve(tmp_path/"run")) == 3
 
 

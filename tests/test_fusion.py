@@ -289,7 +289,7 @@ def test_no_oracle_without_masks_and_none_left_from_before(corpus, tmp_path):
 
 def test_the_wrong_sound_is_wrong(runs):
     data = prepared(runs.parent)
-    p, same, stranger = data[0], data[1], data[2]
+    p, same = data[:2]
     f, note = T.other_sound(p, data, "recording")
     assert note == same.recording.name and torch.equal(f, same.features)
     f, note = T.other_sound(p, data, "speaker")

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from sirem_nb.kspace import iterative
-from sirem_nb.kspace.coils import walsh_smaps
 from sirem_nb.kspace.iterative import (SenseNormal, Wavelet, cg_sense, compress_coils, gradient, gradient_adjoint, lam_scale, metric,
-                                       objective, regulariser, sense_problem, tv, wavelet)
+                                       objective, sense_problem, tv, wavelet)
 from sirem_nb.kspace.nufft import Nufft, exact_adjoint, exact_dft
 from sirem_nb.kspace.spiral import USC13
 

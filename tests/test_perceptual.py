@@ -188,3 +188,50 @@ def test_real_weights_rank_a_blur_behind_a_veil():
     veiled = ref + (blurred - ref).square().mean().sqrt()
     assert pc.lpips(blurred, ref, m, 1.).item() > 5*pc.lpips(veiled, ref, m, 1.).item()
     assert all((h >= 0).all() for h in m.heads)                         # the heads were fitted to be non-negative
+
+
+# FID's network
+
+def filled_inception(seed=0):
+    "Random weights that keep the signal alive through 94 convolutions."
+    net, g = pc.Inception(), torch.Generator().manual_seed(seed)
+    for m in net.modules():
+        if isinstance(m, torch.nn.Conv2d): m.weight.normal_(0, (2/m.weight[0].numel())**.5, generator=g)
+        if isinstance(m, torch.nn.BatchNorm2d): m.running_mean.normal_(0, .1, generator=g); m.running_var.uniform_(.5, 1.5, generator=g); m.bias.normal_(0, .1, generator=g); m.weight.uniform_(.7, 1.3, generator=g)
+    return net
+
+
+def test_inception_is_that_of_torch_fidelity(tmp_path):
+    "The library's own class with the same random weights, on bytes of two sizes."
+    import importlib.util, types
+    if (spec := importlib.util.find_spec("torch_fidelity")) is None: pytest.skip("torch-fidelity is not installed")
+    package = types.ModuleType("torch_fidelity"); package.__path__ = list(spec.submodule_search_locations)            # without its __init__, which wants torchvision
+    sys.modules["torch_fidelity"] = package
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    net = filled_inception()
+    state = {**net.state_dict(), "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    torch.save(state, tmp_path/"w.pth")
+    theirs = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(tmp_path/"w.pth"))
+    for n in (64, 84):
+        x = torch.randint(0, 256, (2, 3, n, n), generator=torch.Generator().manual_seed(n), dtype=torch.uint8)
+        with torch.no_grad(): a, b = net(x.float()), theirs(x)[0]
+        assert b.std() > .01*b.abs().max() and (a - b).abs().max() < 1e-4*b.abs().max()
+
+
+def test_inception_weights_from_a_file(tmp_path, monkeypatch):
+    from dataclasses import replace
+    C = checkpoint
+    monkeypatch.setenv("SIREM_WEIGHTS", str(tmp_path/"cache"))
+    net = filled_inception(1)
+    state = {**{k: v for k, v in net.state_dict().items() if "num_batches" not in k}, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    torch.save(state, tmp_path/"pt_inception.pth")
+    with pytest.raises(ValueError, match="not the file we know"): C.import_weights("inception", tmp_path/"pt_inception.pth")
+    assert not (tmp_path/"cache"/"inception"/"model.safetensors").exists() and "fid" in pc.perceptual_missing()
+    with pytest.raises(FileNotFoundError, match="sirem weights fetch inception"): pc.load_inception()
+    monkeypatch.setitem(C.WEIGHTS, "inception", replace(C.WEIGHTS["inception"], sha256=C.sha256(tmp_path/"pt_inception.pth")[:8]))
+    assert C.import_weights("inception", tmp_path/"pt_inception.pth").is_file() and "fid" not in pc.perceptual_missing()
+    back, (a, b) = pc.load_inception(), torch.rand(2, 5, 40, 40, generator=torch.Generator().manual_seed(0))
+    assert pc.fid(a, b, back, 1.) == pytest.approx(pc.fid(a, b, net, 1.), rel=1e-4) and pc.perceptual_scores(a.expand(1, 5, 40, 40).repeat(1, 1, 2, 2), b.expand(1, 5, 40, 40).repeat(1, 1, 2, 2), 1.)["fid"] > 0
+    with pytest.raises(ValueError, match="not the weights of FID"): pc.inception_state({"x": torch.zeros(1)})
+    with pytest.raises(OSError, match="from-file inception"):
+        monkeypatch.setitem(C.WEIGHTS, "inception", replace(C.WEIGHTS["inception"], source="https://127.0.0.1:9/x.pth")); C.fetch_weights("inception")

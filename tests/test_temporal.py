@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sirem_nb.kspace.iterative import cg_sense, lam_scale, objective
-from sirem_nb.kspace.nufft import Nufft, exact_adjoint, exact_dft
+from sirem_nb.kspace.nufft import exact_adjoint, exact_dft
 from sirem_nb.kspace.temporal import (METHODS, frame_by_frame, frame_windows, largest_singular_value, low_rank_sparse, prox_temporal, reconstruct,
                                       shrink_rank, temporal_tv, temporal_variation, tuned)
 

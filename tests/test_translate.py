@@ -1,19 +1,23 @@
 "The translators: shapes, counts, gradients, the adversary's direction, files, bad input, learning a few films by heart, folds stacked in one process."
 import math
+import os
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from sirem_nb.translate.adversary import Discriminator, discriminator_loss, printed_losses, translator_loss
 from sirem_nb.translate.attention import SelfResidualAttention, moving_share, residuals
-from sirem_nb.translate.cine_translator import CineTranslator, KeepTime, KeepTimeConfig, TranslatorConfig, count_parameters, lively_start, recon_loss
-from sirem_nb.translate.disentangle import pairwise_kl, reparametrise, slice_latent, word_use
+from sirem_nb.translate.cine_translator import CineTranslator, KeepTime, KeepTimeConfig, TranslatorConfig, count_parameters, lively_start, recon_loss, reparametrise, slice_latent
+from sirem_nb.translate.disentangle import pairwise_kl, word_use
+from sirem_nb.translate.folds import translate_verdict
 from sirem_nb.translate.lip2audspec import AudioAutoencoder, Lip2AudSpec, Lip2AudSpecConfig, StackableLSTM, audspec_loss, corr2, inputs, time_first
-from sirem_nb.translate.mel import METHODS, MEL, MelSettings, crops, griffin_lim, istft, join_windows, mel_power, mel_spectrogram, stft, to_power, to_wave
+from sirem_nb.translate.mel import METHODS, MEL, MelSettings, crops, griffin_lim, istft, join_windows, mel_power, mel_spectrogram, stft, to_wave
 from sirem_nb.translate.train import toy_utterance
 
 SMALL = dict(matrix=32, channels=(4, 8, 16, 16, 32))
@@ -353,3 +357,48 @@ def test_keep_time_keeps_time_and_comes_back_from_a_file(tmp_path):
     again = KeepTime.from_pretrained(model.save_pretrained(tmp_path/"m"))
     assert again.config == model.config and torch.equal(again.eval()(x)["mel"], model(x)["mel"]) and model(x)["mel"].shape == (2, 64, 64)
     with pytest.raises(ValueError, match="expected \\(batch, 26, 32, 32\\)"): model(seeded(2, 25, 32, 32))
+
+
+# ---------------------------------------------------------------- a table and what may be said of it
+def test_freed_memory_is_kept_for_the_next_step():
+    "As in a dask worker, which gives it back: the pages that one more step has to fetch, before and after."
+    code = """
+        import resource, torch
+        from sirem_nb.learning.training import keep_memory
+        pages = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        def step(): a = torch.ones(2**20); b = a + 1; return float((a*b).sum())         # tensors of 4 MB
+        for prepare in (lambda: None, keep_memory):
+            prepare()
+            for _ in range(10): step()
+            before = pages()
+            for _ in range(50): step()
+            print(pages() - before)
+    """
+    given, kept = (int(v) for v in subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, env={**os.environ, "MALLOC_TRIM_THRESHOLD_": "65536"}).stdout.split())
+    if not sys.platform.startswith("linux"): pytest.skip("another C library")
+    assert given > 100*1024, given                              # of 150 tensors, 1024 pages each
+    assert kept < 15*1024, (given, kept)                        # the heap may still grow by a tensor or two
+
+
+def verdict(sound, word):
+    "Recordings with these gains over the mean sound and over the mean of the word."
+    record = lambda method, i, v: {"table": "translate", "kind": "cine", "method": method, "seed": 0, "recording": f"r{i}", "metric": "l1", "unit": "", "value": v}
+    return translate_verdict([record("ours", i, .1) for i in range(len(sound))] + [record("mean-spectrogram", i, .1 + g) for i, g in enumerate(sound)] + [record("mean-of-word", i, .1 + g) for i, g in enumerate(word)])
+
+
+@pytest.mark.parametrize("sound, word, last", [
+    ([.02, .00, -.01], [.02, .01, -.01], "So 3 recordings cannot decide whether it has learned anything from the films."),
+    ([.030, .032, .031], [.02, .01, -.01], "So 3 recordings cannot decide whether it has learned more than the word."),
+    ([.05, .051, .049], [-.02, -.021, -.019], "So it has learned the word and not the speech."),
+    ([-.02, -.021, -.019], [-.02, -.021, -.019], "So it has learned the mean sound at best, and not even the word."),
+    ([.05, .051, .049], [.02, .021, .019], "So it has learned more than the mean of the word.")])
+def test_a_verdict_says_no_more_than_its_recordings(sound, word, last):
+    lines = verdict(sound, word)
+    assert lines[-1] == last and len(lines) == 3 and "95 % interval" in lines[0] and "of 3 recordings" in lines[1]
+
+
+def test_a_few_recordings_need_a_wide_interval():
+    "Student's t: with three recordings 4.3 standard errors to each side, with sixty-three two. The same mean gain and spread."
+    gain = lambda n: [.01 + .008*(i % 3 - 1) for i in range(n)]
+    assert "cannot be told apart" in verdict(gain(3), gain(3))[0] and "beats mean-spectrogram" in verdict(gain(63), gain(63))[0]
+    assert verdict([.02], [.02]) == [f"ours beside {c} in l1: +0.0200 on one recording, which decides nothing" for c in ("mean-spectrogram", "mean-of-word")]

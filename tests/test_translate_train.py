@@ -17,6 +17,7 @@ import torch
 from sirem_nb.cli import main
 from sirem_nb.data.movies import find_pairs, fit_movie
 from sirem_nb.data.sync import write_movie
+from sirem_nb.learning import training
 from sirem_nb.translate import folds as F
 from sirem_nb.translate import train as T
 from sirem_nb.translate.mel import MEL, mel_spectrogram
@@ -220,38 +221,22 @@ def test_a_run_leaves_a_model_and_its_papers(run, data):
 
 
 def test_killed_and_resumed_is_the_same_bit_for_bit(toy, data, run, monkeypatch):
-    real = T.run_epoch
+    real = training.run_epoch
     def die(r, *a):
         if len(r.history) == 1: raise KeyboardInterrupt
         return real(r, *a)
     go = lambda resume: T.train_translator(data, toy/"killed", split=json.loads((run[0]/"split.json").read_text()), resume=resume, **TINY)
-    monkeypatch.setattr(T, "run_epoch", die)
+    monkeypatch.setattr(training, "run_epoch", die)
     with pytest.raises(KeyboardInterrupt): go(False)
-    monkeypatch.setattr(T, "run_epoch", real)
+    monkeypatch.setattr(training, "run_epoch", real)
     assert all(torch.equal(a, b) for a, b in zip(run[1].state_dict().values(), go(True).state_dict().values()))
     with pytest.raises(ValueError, match="was begun with"): T.train_translator(data, toy/"killed", split=json.loads((run[0]/"split.json").read_text()), resume=True, **{**TINY, "beta": .1})
 
 
-def test_two_processes_train_one_model(toy, data, tmp_path):
+def test_two_processes_train_one_model(toy, data, two_processes, tmp_path):
     "torchrun (what accelerate launch uses): gradients are averaged, and both processes end with the same weights."
-    script = tmp_path/"two.py"
-    script.write_text(textwrap.dedent(f"""
-        import torch, torch.distributed as dist
-        from accelerate import PartialState
-        from sirem_nb.translate.train import train_translator
-        torch.set_num_threads(1)
-        state = PartialState(cpu=True)
-        split = dict(train=["sub001", "sub002", "sub003", "sub004"], val=[], test=["sub005"])
-        model = train_translator({str(toy/"data")!r}, {str(tmp_path/"run")!r}, split=split, cache={str(toy/"cache")!r}, **{{**{TINY!r}, "batch_size": 2}})
-        total = torch.stack([p.double().sum() for p in model.parameters()]).sum()
-        both = [torch.zeros_like(total) for _ in range(2)]; dist.all_gather(both, total)
-        assert dist.get_world_size() == 2 and both[0] == both[1]
-        if state.is_main_process: print("SAME", flush=True)
-        dist.barrier()
-        import os; os._exit(0)      # what was to be shown is shown; gloo's threads now and then abort a process that takes itself apart
-    """))
-    r = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)], capture_output=True, text=True, timeout=240)
-    assert r.returncode == 0 and "SAME" in r.stdout, r.stderr[-2000:]
+    split = dict(train=["sub001", "sub002", "sub003", "sub004"], val=[], test=["sub005"])
+    two_processes("sirem_nb.translate.train", f"train_translator({str(toy/'data')!r}, {str(tmp_path/'run')!r}, split={split!r}, cache={str(toy/'cache')!r}, **{TINY | {'batch_size': 2}!r})", timeout=240)
 
 
 def test_accelerate_launch_of_the_command_is_one_process_with_twice_the_batch(toy, tmp_path):
@@ -323,9 +308,10 @@ def test_machines_share_the_folds(toy, tmp_path):
 def test_nobody_answers(toy, tmp_path, capsys):
     pytest.importorskip("dask.distributed", reason="dask is not installed: pip install 'sirem-nb[cluster]'")
     import socket
+    from sirem_nb.learning.cluster import job_map
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     with pytest.raises(ValueError, match="no dask scheduler answers"):
-        with F.folds_map(scheduler=f"tcp://127.0.0.1:{port}", timeout=2): pass
+        with job_map(scheduler=f"tcp://127.0.0.1:{port}", timeout=2): pass
 
 
 def test_folds_are_done_once_and_by_anybody(toy, data):
@@ -430,7 +416,7 @@ def test_the_table_by_one_command(toy, tmp_path):
     assert main(["train", "translate", str(toy/"data"), "--ablation", "--kind", "cine", "--out", str(tmp_path/"t"), "--cache", str(toy/"cache"), *TYPED]) == 0
     meta, records = (json.loads((tmp_path/"t"/f"translate{e}").read_text()) for e in (".meta.json", ".json"))
     assert {r["method"] for r in records} == {*T.rows_of("cine"), *F.CONTROLS} and (tmp_path/"t"/"translate.md").read_text().startswith("SMOKE RUN")
-    assert meta["command"].startswith("sirem train translate DATA --ablation") and meta["folds"] == [0, 2, 4] and meta["seeds"] == [0] and meta["seconds"] > 0 and meta["date"][:2] == "20" and "cores" in meta["machine"]
+    assert meta["command"].startswith("sirem train translate DATA --kind cine --ablation --out OUT") and meta["folds"] == [0, 2, 4] and meta["seeds"] == [0] and meta["seconds"] > 0 and meta["date"][:2] == "20" and "cores" in meta["machine"]
     assert meta["settings"]["lr"] == F.SMOKE["lr"] and meta["settings"]["matrix"] == 32                  # what is typed goes before what is small
 
 

@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import tarfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -362,11 +363,30 @@ def test_sweep_counts_calls(world):
     assert {"tongue_mm", "ssim"} <= {r["metric"] for r in rs}
 
 
-def test_a_solver_that_stops_early_returns_the_denoisers_answer_there(world):
+def test_films_are_scored_as_sirem_generate_makes_them(world):
     net, u = network(Oracle(world)), sc.utterances(world, world.names, 1, 0.4)[0]
     seen = []
     spy = lambda x, c_noise, **k: (seen.append((4*c_noise[0, -1]).exp().item()), net(x, c_noise, **k))[1]
     spy.config = net.config
-    film = sc.make_films(spy, u.features[None, :10], u.video[:1], steps=3, anchor=False, solver=sc.stopping_at(1.5, "dpm2m"))
-    assert seen == pytest.approx([10., (10**(1/7)/2 + 1.5**(1/7)/2)**7, 1.5], rel=1e-4)
-    assert torch.allclose(film[0], u.video[:10], atol=1e-4) and sc.calls(3, sc.stopping_at(1.5, "heun")) == 5 and sc.calls(3, "dpm2m-to-1.5") == 3
+    film = sc.make_films(spy, u.features[None, :10], u.video[:1])
+    assert seen == pytest.approx([10., sc.FilmSettings().last_sigma], rel=1e-4) and torch.allclose(film[0], u.video[:10], atol=1e-4)
+
+
+def test_long_films_are_scored_in_the_parts_that_have_some(world, tmp_path):
+    slow = replace(world, fps=25.)                                                                    # 70 frames: 2.8 seconds
+    split = {"unseen_speech": [n for n in world.names if "topic" in n], "unseen_subject": world.names[:1], "both": []}
+    records = sc.score_drift(slow, network(Oracle(world)), tmp_path, split=split, n=2, seconds=2, tracker=lookup(world), anchor=1)
+    meta = json.loads((tmp_path/"drift.meta.json").read_text())
+    assert {r["split"] for r in records} == {"unseen_speech", "unseen_subject"} and list(meta["left_out"]) == ["both"] and meta["making"]["anchor"] == 1
+    texts = {(r["split"], r["method"]): r["text"] for r in records if r["metric"] == "tongue_holds"}
+    assert {m for _, m in texts} == {"overlap", "feedback", "frozen"} and all("FAILS (2 utterances, expected 20)" in t or "FAILS (1 utterances, expected 20)" in t for t in texts.values()), texts
+    assert len(json.loads((tmp_path/"drift.json").read_text())) == len(records)
+    with pytest.raises(ValueError, match="recordings of 10 s"): sc.score_drift(slow, network(Oracle(world)), split=split, tracker=lookup(world))
+
+
+def test_verdicts_hold_intervals_over_speakers_too():
+    g = np.random.default_rng(0); who = np.repeat(np.arange(4), 6); tongue = 1 + .5*who + .1*g.random(24)
+    rows = {row: {"tongue_mm": f*tongue**p, "tongue_speed_ratio": np.ones(24)} for row, f, p in (("model", .5, 2), ("mean-pose", 2., 1), ("frozen", 2., 1), ("other-audio", 2., 1))}
+    v = sc.verdict(rows, ("tongue_mm",), speakers=who)[0]
+    (a, low, high), (b, wide_low, wide_high) = v["model/mean-pose"], v["over speakers/mean-pose"]
+    assert a == b and wide_low < low < a < high < wide_high

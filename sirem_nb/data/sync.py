@@ -4,7 +4,7 @@
 __all__ = ['resample', 'read_audio', 'audio_windows', 'nearest_reference', 'run_ffmpeg', 'read_movie', 'frame_rate',
            'read_movie_sound', 'fit_sound', 'write_movie']
 
-# %% ../../nbs/20_data/22_sync.ipynb #a0eadaa5
+# %% ../../nbs/20_data/22_sync.ipynb #69f3d6bc
 import re, subprocess, tempfile
 from fractions import Fraction
 from math import gcd
@@ -16,7 +16,7 @@ import soundfile
 import torch
 from imageio_ffmpeg import get_ffmpeg_exe
 
-from .mrd import audio_trouble, find_audio, replacing
+from .mrd import replacing
 
 # %% ../../nbs/20_data/22_sync.ipynb #ac1cd581
 def resample(

@@ -6,9 +6,9 @@
 __all__ = ['RELEASED_CHURN', 'SOLVERS', 'karras_sigmas', 'Known', 'hold', 'denoised', 'begin', 'euler', 'heun', 'dpm_2m', 'Churn',
            'dynamic_threshold', 'guided', 'known_first', 'device_of', 'sample']
 
-# %% ../../nbs/80_diffusion/84_sample.ipynb #92041ed6
+# %% ../../nbs/80_diffusion/84_sample.ipynb #f10e2fb1
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -162,7 +162,7 @@ def guided(
         return d if threshold is None else dynamic_threshold(d, threshold)
     return denoiser
 
-# %% ../../nbs/80_diffusion/84_sample.ipynb #53f4c610
+# %% ../../nbs/80_diffusion/84_sample.ipynb #466910d9
 def known_first(
     frames,  # (batch, k, channel, y, x) in [-1, 1]
     like,    # (batch, time, channel, y, x)
@@ -174,11 +174,6 @@ def known_first(
     mask = (torch.arange(like.shape[1], device=like.device) < k).expand(b, -1)
     return torch.cat([frames.to(like), like[:, k:]], 1), mask, sigma
 
-def device_of(net, *tensors):
-    "Device of the first tensor there is, else of the network, else the CPU."
-    found = next((t for t in (*tensors, *getattr(net, "parameters", list)()) if t is not None), None)
-    return torch.device("cpu") if found is None else found.device
-
 # %% ../../nbs/80_diffusion/84_sample.ipynb #54d9a0f2
 SOLVERS = {"heun": heun, "dpm2m": dpm_2m, "euler": euler}
 
@@ -187,7 +182,7 @@ def device_of(net, *tensors):
     found = next((t for t in (*tensors, *getattr(net, "parameters", list)()) if t is not None), None)
     return torch.device("cpu") if found is None else found.device
 
-# %% ../../nbs/80_diffusion/84_sample.ipynb #18d129f6
+# %% ../../nbs/80_diffusion/84_sample.ipynb #d2a757e9
 @torch.no_grad()
 def sample(
     net, cfg,           # network as in diffusion.noise.denoise, takes features=; EdmConfig
@@ -199,14 +194,16 @@ def sample(
     solver="heun",      # "heun" | "dpm2m" | "euler"
     guidance_scale=1.,  # 1 = none
     seed=0,             # or a torch.Generator
+    last_sigma=0,       # noise level of the last call, whose answer is the video; 0: the configuration's sigma_min
     churn=None,         # Churn, for heun
     null=None, threshold=None, callback=None,  # as in guided and the solvers
 ):                      # shape; on the device of the features, the known frames or the network
     "Videos from noise. One seed gives the same noise on every device; the known frames come back unchanged."
     if solver not in SOLVERS or (churn and solver != "heun"): raise ValueError(f"solver {solver!r}{' with churn' if churn else ''}: expected one of {', '.join(SOLVERS)}, churn only with heun")
+    if last_sigma and not 0 < last_sigma < cfg.sigma_max: raise ValueError(f"last_sigma = {last_sigma}: expected a level between 0 and {cfg.sigma_max:g}")
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     noise = torch.randn(shape, generator=generator, device=generator.device).to(device_of(net, features, known_frames))
     known = None if known_frames is None else known_first(known_frames, noise, known_sigma)
     extra = {"churn": churn, "generator": generator} if solver == "heun" else {}
-    x = SOLVERS[solver](guided(net, cfg, guidance_scale, features, null, threshold), noise, karras_sigmas(steps, cfg), known=known, callback=callback, **extra)
+    x = SOLVERS[solver](guided(net, cfg, guidance_scale, features, null, threshold), noise, karras_sigmas(steps, replace(cfg, sigma_min=last_sigma) if last_sigma else cfg), known=known, callback=callback, **extra)
     return x if known is None else torch.cat([known[0][:, :known_frames.shape[1]], x[:, known_frames.shape[1]:]], 1)

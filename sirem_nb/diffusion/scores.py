@@ -4,15 +4,15 @@
 __all__ = ['SKIP_S', 'SAID', 'UNITS', 'Utterance', 'true_outlines', 'resting', 'places', 'utterances', 'make_films', 'deaf',
            'other_of', 'control_films', 'reader_of', 'outlines', 'clips_of', 'mouth_scores', 'look_scores', 'summary',
            'verdict', 'pile_records', 'training_clips', 'score_part', 'score_diffusion', 'split_of', 'load_or_note',
-           'write_scores', 'calls', 'sweep', 'by_second', 'drift', 'drift_records', 'drift_verdict']
+           'write_scores', 'calls', 'sweep', 'by_second', 'drift', 'drift_records', 'drift_verdict', 'score_drift']
 
-# %% ../../nbs/80_diffusion/88_scores.ipynb #d65532d2
+# %% ../../nbs/80_diffusion/88_scores.ipynb #57ab0773
 import datetime
 import json
 import os
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import h5py
@@ -20,14 +20,14 @@ import numpy as np
 import torch
 
 from ..data.mrd import write_json
-from .condition import SPLITS, Talks, find_talks, read_talks, three_splits
-from .long_video import generate
+from .condition import SPLITS, Talks, read_talks, three_splits
+from .long_video import FilmSettings, generate
 from .train import load_diffusion
-from .use import stopping_at
 from ..evaluate.articulators import articulator_scores, bootstrap, counted, curve_distance, follows_speech, frozen, mean_pose, paired_ratio
 from ..evaluate.perceptual import load_lpips
 from ..evaluate.video import Blocks, clip_features, clip_scores, fvd, load_i3d
 from ..learning.tracker import Tracker, load_tracker, read_contours
+from ..learning.training import settings_of
 
 # %% ../../nbs/80_diffusion/88_scores.ipynb #15ad475c
 @dataclass
@@ -101,14 +101,14 @@ def utterances(
     if not out: raise ValueError(f"no recording of {split or 'the list'} has {seconds:g} s: expected longer recordings, or fewer seconds")
     return out
 
-# %% ../../nbs/80_diffusion/88_scores.ipynb #41d26f82
+# %% ../../nbs/80_diffusion/88_scores.ipynb #960efd12
 @torch.no_grad()
 def make_films(
     net,        # UNet3D, or any network of notebook 81 with config.frames and config.edm
     features,   # (utterance, frame, d)
     first,      # (utterance, y, x) in 0..1
     batch=12,   # utterances at a time
-    seed=0, **making,   # method, context, known_sigma, steps, solver, guidance_scale, ...: see generate
+    seed=0, **making,   # fields of FilmSettings; what is not given is as in sirem generate
 ):              # (utterance, frame, y, x) in 0..1
     "Films of many utterances."
     parts = zip(features.split(batch), first.split(batch))
@@ -221,13 +221,14 @@ def summary(
                    | ({"phone_class": said} if said else {}) | ({"note": b.why} if b.why else {}))
     return out
 
-# %% ../../nbs/80_diffusion/88_scores.ipynb #1c378ed8
+# %% ../../nbs/80_diffusion/88_scores.ipynb #fc0ffb9e
 def verdict(
     mouths,     # {row: {metric: (utterance,)}}, see mouth_scores
     metrics=("tongue_mm", "lips_mm"),
     ratio=0.8,  # at most this share of each control's distance
+    speakers=None,  # (utterance,): intervals over speakers are added
     **common,
-):              # records: one a metric, {"value": 1 or 0, "text": a sentence, "model/mean-pose": ratio with interval, ...}
+):              # records: one a metric, {"value": 1 or 0, "text": a sentence, "model/mean-pose": ratio with interval, "over speakers/mean-pose": ..., ...}
     "Does the mouth follow the sound? Distance at least a fifth below mean pose, frozen frame and other audio, with the whole interval, and moving."
     out, against = [], [k for k in ("mean-pose", "frozen", "other-audio") if k in mouths]
     for m in metrics:
@@ -236,14 +237,14 @@ def verdict(
         below = ", ".join(f"{i.value:.2f} [{i.low:.2f}, {i.high:.2f}] of {k}" for k, i in ratios.items())
         out.append({**common, "method": "model", "metric": f"{part}_follows", "value": int(passed), "n": len(speed), "unit": "1", "text": f"distance of the {part}: {below}: " + ("passes" if passed else "FAILS: " + "; ".join(why))}
                    | {f"model/{k}": [i.value, i.low, i.high] for k, i in ratios.items()})
+        if speakers is not None: out[-1] |= {f"over speakers/{k}": [i.value, i.low, i.high] for k in against for i in [paired_ratio(mouths["model"][m], mouths[k][m], groups=speakers)]}
     return out
 
-# %% ../../nbs/80_diffusion/88_scores.ipynb #892f8d37
-def pile_records(films, others, extractors, rows, batch=8, **common):
-    "FVD of some rows against clips of the training set, as the released code does it."
-    out = []
-    for e in extractors:
-        ref = clip_features(others, e, 1., batch=batch)
+# %% ../../nbs/80_diffusion/88_scores.ipynb #55649f4c
+def pile_records(films, others, extractors, rows, batch=8, refs=None, **common):
+    "FVD of some rows against clips of the training set, as the released code does it; refs: the features of `others`, one for each extractor, if they are known."
+    out, refs = [], refs or [clip_features(others, e, 1., batch=batch) for e in extractors]
+    for e, ref in zip(extractors, refs):
         for row in (r for r in films if rows is None or r in rows):
             clips = clips_of(films[row])
             out.append(fvd(ref, clip_features(clips, e, 1., batch=batch), extractor=e, table="diffusion", method=row, against="training", **common) | {"n": len(clips), "frames": clips.shape[1]})
@@ -259,7 +260,7 @@ def training_clips(
     where = torch.tensor([(i, s) for i in talks.of(names) for s in range(0, len(talks.videos[i]) - length + 1, length)])
     return torch.stack([talks.videos[i][s:s + length] for i, s in where[torch.linspace(0, len(where) - 1, min(n, len(where))).round().long()].tolist()]).float()/255
 
-# %% ../../nbs/80_diffusion/88_scores.ipynb #67a654e4
+# %% ../../nbs/80_diffusion/88_scores.ipynb #0dcec505
 def score_part(
     net,               # see make_films
     us,                # list of Utterance
@@ -268,6 +269,7 @@ def score_part(
     lpips=None,        # Lpips or None
     extractors=(),     # for FVD: Blocks(), load_i3d()
     fvd_rows=None,     # which rows get an FVD; None: all
+    refs=None,         # see pile_records
     **making,          # see make_films
 ):                     # records; {row: films}
     "All rows of one split."
@@ -275,10 +277,10 @@ def score_part(
     common = {"table": "diffusion", "split": us[0].split}
     mouths = {row: mouth_scores(c, us) for row, c in outlines(films, us, reader).items()}
     out = [r for row, s in mouths.items() for r in summary(s | look_scores(films[row], films["truth"], others, lpips, us[0].fps), **common, method=row)]
-    out += pile_records(films, others, extractors, fvd_rows, split=us[0].split) + verdict(mouths, **common)
+    out += pile_records(films, others, extractors, fvd_rows, refs=refs, split=us[0].split) + verdict(mouths, speakers=[u.subject for u in us], **common)
     return out + [{**common, "method": "model", "metric": "seconds_per_second", "value": pace, "n": len(us), "unit": "s"}], films
 
-# %% ../../nbs/80_diffusion/88_scores.ipynb #b3e95016
+# %% ../../nbs/80_diffusion/88_scores.ipynb #038b0fba
 def score_diffusion(
     data,                # folder of talks, or Talks
     run,                 # folder of a run of train_diffusion, a checkpoint's folder, or a network
@@ -295,10 +297,11 @@ def score_diffusion(
     talks = read_talks(data, net.config.encoder, net.config.size, cache=cache) if not isinstance(data, Talks) else data
     split, records, missing = split or split_of(run, talks), [], {}
     lpips, extractors = load_or_note(load_lpips, "lpips", missing) if use_lpips else None, extractors if extractors is not None else [Blocks(), *filter(None, [load_or_note(load_i3d, "fvd", missing)])]
-    others, reader, settings = training_clips(talks, split["train"], pile), reader_of(tracker), {"method": "overlap", "context": 3, "known_sigma": 0.02, "steps": 4, "solver": stopping_at(1.5, "dpm2m"), "guidance_scale": 1., **making}
+    others, reader, settings = training_clips(talks, split["train"], pile), reader_of(tracker), asdict(settings_of(FilmSettings, making))
+    refs = [clip_features(others, e, 1., batch=8) for e in extractors]
     for name in splits:
         us = utterances(talks, split[name], n, seconds, name)
-        records += score_part(net, us, reader, others, lpips, extractors, fvd_rows, seed=seed, **settings)[0]
+        records += score_part(net, us, reader, others, lpips, extractors, fvd_rows, refs, seed=seed, **settings)[0]
     if out: write_scores(out, "diffusion", records, {"run": str(run), "making": settings, "seed": seed, "utterances": n, "seconds": seconds, "left_out": missing, "speakers": sorted({talks.subjects[i] for i in talks.of(sum((split[s] for s in splits), []))})})
     return records
 
@@ -319,12 +322,12 @@ def write_scores(out, name, records, circumstances):
     machine = {"date": datetime.date.today().isoformat(), "threads": torch.get_num_threads(), "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
     write_json(Path(out)/f"{name}.json", records); write_json(Path(out)/f"{name}.meta.json", circumstances | machine)
 
-# %% ../../nbs/80_diffusion/88_scores.ipynb #b1bfd76c
+# %% ../../nbs/80_diffusion/88_scores.ipynb #93c6a86e
 def calls(
-    steps=8, solver="dpm2m", guidance_scale=1., **_,
+    steps=2, solver="dpm2m", guidance_scale=1., **_,
 ):          # evaluations of the network for a clip
     "What a setting costs."
-    return (2*steps - 1 if solver.startswith("heun") else steps)*(2 if guidance_scale != 1 else 1)
+    return (2*steps - 1 if solver == "heun" else steps)*(2 if guidance_scale != 1 else 1)
 
 # %% ../../nbs/80_diffusion/88_scores.ipynb #c131c7c7
 def sweep(
@@ -407,3 +410,23 @@ def drift_verdict(
         out.append({"table": "drift", "method": method, "metric": f"{m.split('_')[0]}_holds", "value": int(passed), "n": n, "unit": "1", "text": text + (": passes" if passed else ": FAILS" + f" ({n} utterances, expected {least})"*(n < least)),
                     "growth": [grown.value, grown.low, grown.high], "of_mean_pose": [of.value, of.low, of.high], **common})
     return out
+
+# %% ../../nbs/80_diffusion/88_scores.ipynb #f61a00af
+def score_drift(
+    data, run, out=None,             # see score_diffusion
+    splits=SPLITS[1:], split=None,
+    n=20, seconds=10,                # utterances of each part, and their length
+    tracker="checkpoints/tracker", cache=None, seed=0, **making,
+):                                   # list of flat records
+    "Does a long film hold? Parts without recordings of that length are left out. Raises ValueError if none has one."
+    net = load_diffusion(run) if isinstance(run, (str, Path)) else run
+    talks = read_talks(data, net.config.encoder, net.config.size, cache=cache) if not isinstance(data, Talks) else data
+    split, reader, records, missing, settings = split or split_of(run, talks), reader_of(tracker), [], {}, asdict(settings_of(FilmSettings, making))
+    for name in splits:
+        try: us = utterances(talks, split[name], n, seconds, name)
+        except ValueError as e: missing[name] = str(e); continue
+        rows = drift(net, us, reader, {"feedback": {"method": "feedback"}, "overlap": {"method": "overlap"}}, seed=seed, **{k: v for k, v in settings.items() if k != "method"})
+        records += drift_records(rows, split=name) + [v for m in ("overlap", "feedback", "frozen") for v in drift_verdict(rows, m, second=int(seconds), split=name)]
+    if not records: raise ValueError(f"no test part has recordings of {seconds:g} s: expected longer ones, or fewer seconds; {next(iter(missing.values()))}")
+    if out: write_scores(out, "drift", records, {"run": str(run), "making": settings, "seed": seed, "utterances": n, "seconds": seconds, "left_out": missing})
+    return records

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ROWS', 'LEVELS', 'toy_talk', 'toy_talks', 'DiffusionSettings', 'make_settings', 'draw_task', 'TaskLoader', 'Trainee',
            'rate_at', 'new_optimizer', 'precision', 'clip_loss', 'loss_fn', 'judge', 'spectra', 'new_model',
-           'choose_recordings', 'keep_going', 'train_diffusion', 'load_diffusion']
+           'choose_recordings', 'train_diffusion', 'load_diffusion']
 
-# %% ../../nbs/80_diffusion/86_train.ipynb #e38a4c8b
+# %% ../../nbs/80_diffusion/86_train.ipynb #f28c45d5
 import contextlib
 import copy
 import json
@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..data.mrd import write_json
 from .condition import ClipLoader, Talks, feature_stats, read_talks, speech_vectors, three_splits
@@ -26,7 +25,7 @@ from .noise import denoise, draw_sigma, edm_loss, measure_sigma_data
 from .unet3d import PAPER, SMALL, UNet3D
 from ..learning.checkpoint import Pretrained
 from ..learning.speech_encoders import load_encoder
-from ..learning.training import Run, epoch_seed, run_epoch, save_state, settings_of, wait
+from ..learning.training import Run, epoch_seed, run_epochs, settings_of, world
 
 # %% ../../nbs/80_diffusion/86_train.ipynb #770d415f
 def toy_talk(
@@ -263,22 +262,7 @@ def choose_recordings(talks, split, seed):
     find = lambda chosen: sorted(talks.names.index(c) for c in chosen)
     return find(order[n:]), find(order[:n])
 
-# %% ../../nbs/80_diffusion/86_train.ipynb #0971ee74
-def keep_going(run, loader, loss, val_fn, progress=None):
-    "Train the epochs that are left; the state is on disk after each."
-    epochs = run.settings["epochs"]
-    hide = True if not run.main else None if progress is None else not progress
-    with tqdm(total=epochs*len(loader), initial=len(run.history)*len(loader), desc="training", unit="batch", disable=hide) as bar:
-        while len(run.history) < epochs:
-            run.history.append(run_epoch(run, loader, loss, val_fn, bar))
-            bar.set_postfix({k: f"{run.history[-1][k]:.4g}" for k in ("loss", "val_loss") if k in run.history[-1]})
-            if run.main:
-                meta = {"settings": run.settings, "history": run.history, "best": run.best}
-                save_state(run.out/"last.safetensors", run.model, run.optimizer, meta)
-                write_json(run.out/"curves.json", meta)
-            wait()
-
-# %% ../../nbs/80_diffusion/86_train.ipynb #d7f35a41
+# %% ../../nbs/80_diffusion/86_train.ipynb #67f4f01b
 def train_diffusion(
     data, out,      # folder of recordings, or Talks; folder of the run
     split=None,     # {"train": [names], ...}, path of a .json, or None: the three splits of notebook 83
@@ -297,9 +281,9 @@ def train_diffusion(
     loader = TaskLoader(clips, s, model.net.config.edm)
     fixed = list(ClipLoader(talks, val or train, s.length, 12, 48, s.seed + 1))
     settings = json.loads(json.dumps(asdict(s))) | {"clip": 1., "train": sorted(split["train"])}
-    run = Run(out, model, new_optimizer(model, s, s.epochs*len(loader)), settings, resume)
+    run = Run(out, model, new_optimizer(model, s, s.epochs*(len(loader)//world()[1])), settings, resume)
     if run.main: write_json(out/"split.json", split); write_json(out/"settings.json", {**asdict(s), "model": "diffusion", "preset": row, "start": start and str(start), "sigma_data": model.net.config.edm.sigma_data, "val": [talks.names[i] for i in val]})
-    keep_going(run, loader, loss_fn(s.mixed), lambda m: judge(m.mean, fixed), progress)
+    run_epochs(run, loader, loss_fn(s.mixed), lambda m: judge(m.mean, fixed), progress, ("loss", "val_loss"))
     return load_diffusion(out, device)
 
 # %% ../../nbs/80_diffusion/86_train.ipynb #2c7eaa51

@@ -311,8 +311,10 @@ def bootstrap(
     low, high = np.quantile(stat(sums[pick].sum(1) / sizes[pick].sum(1)[:, None]), [(1 - level)/2, (1 + level)/2])
     return Interval(value, float(low), float(high), len(v))
 
-# %% ../../nbs/40_evaluate/45_articulators.ipynb #d49630ad
-def paired(a, b): return np.stack([np.asarray(a, np.float64), np.asarray(b, np.float64)], -1)
+# %% ../../nbs/40_evaluate/45_articulators.ipynb #623d7b81
+def paired(a, b):
+    "Two methods on the same utterances, side by side: (utterance, 2)."
+    return np.stack([np.asarray(a, np.float64), np.asarray(b, np.float64)], -1)
 
 
 def paired_difference(

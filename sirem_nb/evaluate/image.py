@@ -9,7 +9,7 @@ __all__ = ['METRICS', 'check_pair', 'check_mask', 'mean_inside', 'mse', 'nmse', 
 import math
 import torch
 
-# %% ../../nbs/40_evaluate/41_image.ipynb #bd2f7247
+# %% ../../nbs/40_evaluate/41_image.ipynb #04e23ddb
 def check_pair(
     x,          # (..., frame, y, x) real picture to be judged
     ref,        # (..., frame, y, x) real reference
@@ -28,6 +28,7 @@ def check_pair(
     return x, ref, None if mask is None else check_mask(mask, x)
 
 def check_mask(mask, x):
+    "A mask as bool, broadcast to the pictures. Raises ValueError where it does not fit."
     mask = torch.as_tensor(mask, device=x.device).bool()
     if mask.ndim > x.ndim or any(m not in (1, n) for m, n in zip(mask.shape[::-1], x.shape[::-1])):
         raise ValueError(f"mask of shape {tuple(mask.shape)} does not fit pictures of shape {tuple(x.shape)}: expected (y, x) or (..., frame, y, x)")

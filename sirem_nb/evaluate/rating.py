@@ -167,19 +167,23 @@ def page(
     reference = [w.VBox([w.HTML(f"real: <b>{c.word}</b>"), show(c, 140)]) for c in study.plan.reference]
     return w.VBox([title("Real clips, for reference"), w.HBox(reference, layout=w.Layout(flex_flow="row wrap")), title("Real or synthesised?"), q.said, q.stage, w.HBox(q.buttons), q.marks, q.note])
 
-# %% ../../nbs/40_evaluate/46_rating.ipynb #01410277
+# %% ../../nbs/40_evaluate/46_rating.ipynb #55e872b8
 def confusion(answers):
     "tp, fp, fn, tn of finding the generated clips."
     real, said = np.array([a["real"] for a in answers]), np.array([a["judged_real"] for a in answers])
     return (~real & ~said).sum(), (real & ~said).sum(), (~real & said).sum(), (real & said).sum()
 
 def f1(answers):
+    "F1 of finding the generated clips."
     tp, fp, fn, _ = confusion(answers)
     return 2*tp/(2*tp + fp + fn) if tp + fp + fn else np.nan
 
-def accuracy(answers): return np.mean([a["real"] == a["judged_real"] for a in answers]) if answers else np.nan
+def accuracy(answers):
+    "Share of the clips that were judged rightly."
+    return np.mean([a["real"] == a["judged_real"] for a in answers]) if answers else np.nan
 
 def mos(answers, real):
+    "Mean mark of the real or of the generated clips, as far as they were marked."
     marks = [a["mark"] for a in answers if a["real"] == real and a["mark"] is not None]
     return np.mean(marks) if marks else np.nan
 

@@ -195,11 +195,11 @@ def at_every_truth(p, x):
     labels = torch.isin(p.reference["labels"][inside], torch.tensor([p.reference["names"][n] for n in ARTICULATORS if n in p.reference["names"]]))
     return {k: v[seen] for k, v in x.items()}, normalise01(p.reference["frames"][inside].float()), labels
 
-# %% ../../nbs/60_fusion/67_left_out.ipynb #f3a6c281
+# %% ../../nbs/60_fusion/67_left_out.ipynb #2c85437b
 def left_out_study(
     data, out,                        # data set folder of simulate_corpus; folder for left_out.json and the prospective recordings
     ks=(1, 2, 3, 4, 6, 13), seed=0,   # arms kept
-    split=None, cache=None,           # see choose_split, cache_folder
+    split=None, cache=None,           # see choose_split, learning.training.cache_folder
     max_frames=60,                    # of each test recording
     prospective=(2, 4), seconds=3.0,  # arms that a scanner plays alone, and for how long; (): none
     folds=3, steps=150,               # of the decoders

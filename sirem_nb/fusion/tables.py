@@ -75,14 +75,14 @@ def aligned(
     "The film's frame nearest to each time, scaled to [0, 1]."
     return normalise01(film.frames[nearest_reference(centre_s, film.centre_s)].float())
 
-# %% ../../nbs/60_fusion/69_tables.ipynb #ab5d1dc9
+# %% ../../nbs/60_fusion/69_tables.ipynb #efb60988
 def sirem_films(
     recording,      # Recording
     scan,           # its Scan
     run,            # (RunSettings, models) of load_run
     others,         # list of Recording: donors of the wrong sound
     arms_per_frame,
-    cache=None,     # see fusion.train.cache_folder
+    cache=None,     # see learning.training.cache_folder
     until_s=None,   # frames up to this time; None: all
 ):                  # {row: (Film, note)}
     "Every row of SIREM for one recording, and the time of the first."

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['VERSION', 'toy_corpus', 'fingerprint', 'stored', 'stored_pictures', 'read_reference', 'Prepared', 'prepare_one',
            'prepare', 'FrameLoader', 'FusionSettings', 'RunSettings', 'make_settings', 'labelled', 'training_map',
-           'new_model', 'keep_memory', 'run_model', 'fit_sirem', 'choose_split', 'prepare_parts', 'subject_folds',
-           'evenly', 'train_listener', 'branch_sums', 'fit_lsq', 'save_lsq', 'train_fusion', 'other_sound', 'variants',
+           'new_model', 'run_model', 'fit_sirem', 'choose_split', 'prepare_parts', 'subject_folds', 'evenly',
+           'train_listener', 'branch_sums', 'fit_lsq', 'save_lsq', 'train_fusion', 'other_sound', 'variants',
            'all_rows', 'score_rows', 'label_rows', 'error_maps', 'add_maps', 'mean_records', 'find_runs', 'load_run',
            'evaluate_fusion', 'score_checkpoints']
 
-# %% ../../nbs/60_fusion/66_train.ipynb #459ca537
-import ctypes, hashlib, json
+# %% ../../nbs/60_fusion/66_train.ipynb #4afc7c35
+import hashlib, json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from .fusion_map import ARTICULATORS, least_squares_map, map_sums, mask_map, mea
 from .objective import arm_psfs, total
 from .sirem import TOY, Sirem, SiremConfig, acquisition_pictures, group_arms, load_sirem, toy_scan
 from ..learning.speech_encoders import load_encoder, pooled_features
-from ..learning.training import cache_folder, epoch_seed, fit, settings_of
+from ..learning.training import cache_folder, epoch_seed, fit, keep_memory, settings_of
 
 # %% ../../nbs/60_fusion/66_train.ipynb #f1a1b711
 def toy_corpus(
@@ -300,13 +300,7 @@ def new_model(
     elif s.start_at_mean: model.audio.start_at(model.mean_image)
     return model, source
 
-# %% ../../nbs/60_fusion/66_train.ipynb #10a21b28
-def keep_memory():
-    "Ask the C library to keep freed memory for the next step (glibc; elsewhere nothing happens)."
-    try: libc = ctypes.CDLL("libc.so.6"); libc.mallopt(-3, 1 << 30); libc.mallopt(-1, (1 << 31) - 1)   # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-    except (OSError, AttributeError): pass
-
-
+# %% ../../nbs/60_fusion/66_train.ipynb #105a3148
 def run_model(
     model,
     b,     # a batch of Prepared

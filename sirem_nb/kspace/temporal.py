@@ -5,7 +5,7 @@ __all__ = ['METHODS', 'temporal_variation', 'prox_temporal', 'frame_windows', 't
            'largest_singular_value', 'low_rank_sparse', 'frame_by_frame', 'check_method', 'mean_diagonal', 'tuned_file',
            'tuned', 'reconstruct']
 
-# %% ../../nbs/10_kspace/17_temporal.ipynb #8c5f1cda
+# %% ../../nbs/10_kspace/17_temporal.ipynb #effd9d5a
 import json
 from functools import lru_cache
 from importlib.resources import files
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .gridding import gridding
-from .iterative import (Solution, cg_sense, lam_scale, largest_eigenvalue, objective, sense_problem, tv, wavelet)
+from .iterative import Solution, cg_sense, lam_scale, largest_eigenvalue, sense_problem, tv, wavelet
 
 # %% ../../nbs/10_kspace/17_temporal.ipynb #c8a27076
 def temporal_variation(

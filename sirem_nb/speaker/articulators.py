@@ -261,16 +261,11 @@ def openings(
     rest = [(tip - near).norm(dim=-1), (low - _fixed(shape)["upper"]).norm(dim=-1), a["height"]]
     return shape.size * torch.cat([a["wall"] - a["tongue"], torch.stack(rest, -1)], -1)
 
-# %% ../../nbs/30_speaker/31_articulators.ipynb #194e77a1
+# %% ../../nbs/30_speaker/31_articulators.ipynb #2a3052fe
 def _smooth(points, n):
     "A cubic spline through (..., k, 2) points, sampled at n."
     k = points.shape[-2]
     return torch.as_tensor(_spline(k, np.linspace(0, k - 1, n)), dtype=points.dtype) @ points
-
-
-def _place(anchor, offsets):
-    "Points (..., n, 2) at fixed offsets from an anchor (..., 2)."
-    return anchor[..., None, :] + torch.tensor(offsets, dtype=anchor.dtype)
 
 
 def _closed(points, n):

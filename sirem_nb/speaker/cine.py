@@ -6,7 +6,7 @@ __all__ = ['RATE', 'SAMPLES', 'OPEN_WORDS', 'KINDS', 'hurry', 'metronome', 'fram
            'tagged_head', 'tagged', 'came_from', 'CineSettings', 'cine_truth', 'stem_of', 'film', 'casting',
            'plan_cine', 'simulate_cine']
 
-# %% ../../nbs/30_speaker/37_cine.ipynb #e61bc330
+# %% ../../nbs/30_speaker/37_cine.ipynb #bf302941
 import copy
 import math
 import re
@@ -18,13 +18,13 @@ import soundfile
 import torch
 import torch.nn.functional as F
 
-from ..data.movies import MoviePair, pair_of
+from ..data.movies import pair_of
 from ..data.mrd import replacing, write_recon
 from .anatomy import HALF, SIDE, X, Y, ernst, moving_parts, thin_plate
 from .articulators import area_function
-from .corpus import VirtualSpeaker, _run, _same_plan, virtual_speaker, voice_of, write_truth
+from .corpus import _run, _same_plan, virtual_speaker, voice_of, write_truth
 from .scanner import head_signal
-from .utterances import Utterance, _words, pronounce, timing, utter
+from .utterances import Utterance, _words, timing, utter
 
 # %% ../../nbs/30_speaker/37_cine.ipynb #26072c09
 RATE, SAMPLES = 22050, (21832, 24175)       # Hz; fewest and most samples of a waveform (both papers)

@@ -4,7 +4,7 @@
 __all__ = ['ITEMS', 'SCRIPT', 'FREE', 'VirtualSpeaker', 'virtual_speaker', 'joined', 'perform', 'voice_of', 'truth_of',
            'write_truth', 'read_truth', 'CorpusSettings', 'record', 'simulate_corpus']
 
-# %% ../../nbs/30_speaker/36_corpus.ipynb #d0eeee24
+# %% ../../nbs/30_speaker/36_corpus.ipynb #5504c46a
 import json
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..data.frames import Recording, recording_of
+from ..data.frames import recording_of
 from ..data.mrd import new_hdf5, write_json, write_mrd
 from ..data.sync import write_movie
 from ..kspace.spiral import USC13

@@ -5,7 +5,7 @@ __all__ = ['CONSONANTS', 'PLACES', 'SH_LIKE', 'COLOUR', 'VOWELS', 'GLIDES_TO', '
            'FUNCTION_WORDS', 'STIMULI', 'EFFORT', 'reach', 'dictionary', 'pronounce', 'timing', 'Utterance', 'fujisaki',
            'utter', 'narrowest', 'place_point']
 
-# %% ../../nbs/30_speaker/34_utterances.ipynb #df7dd7ed
+# %% ../../nbs/30_speaker/34_utterances.ipynb #8519c0eb
 import re
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from scipy.interpolate import PchipInterpolator
 
-from .articulators import PARAMETERS, SpeakerShape, _fixed, area_function, openings, tract
+from .articulators import SpeakerShape, _fixed, openings, tract
 
 # %% ../../nbs/30_speaker/34_utterances.ipynb #c0a59515
 # place, manner, opening in cm, voiced
@@ -146,7 +146,7 @@ def _check(phones):
     if bad: raise ValueError(f"unknown phones {' '.join(bad)}; expected ARPAbet: {' '.join(DURATION_MS)}")
     return phones
 
-# %% ../../nbs/30_speaker/34_utterances.ipynb #90fcb0b9
+# %% ../../nbs/30_speaker/34_utterances.ipynb #833d49cd
 def _words(text):
     "[(word, phones)], with ('', ['SIL']) at commas and full stops inside."
     if not isinstance(text, str): text = "[" + " ".join(text) + "]"
@@ -165,7 +165,9 @@ def _words(text):
     return out
 
 
-def pronounce(text): return [p for _, phones in _words(text) for p in phones]
+def pronounce(text):   # -> list of ARPAbet phones
+    "The phones of a text, pauses included. ValueError for words that the dictionary lacks."
+    return [p for _, phones in _words(text) for p in phones]
 
 # %% ../../nbs/30_speaker/34_utterances.ipynb #7e1e22ef
 def _is_vowel(phone): return phone in VOWELS or phone in GLIDES_TO

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Discriminator', 'printed_losses', 'discriminator_loss', 'translator_loss']
 
-# %% ../../nbs/70_translate/75_adversary.ipynb #ce9d4125
-import torch
+# %% ../../nbs/70_translate/75_adversary.ipynb #89723f02
 import torch.nn.functional as F
 from torch import nn
 

@@ -5,10 +5,8 @@
 # %% auto #0
 __all__ = ['pairwise_kl', 'word_use']
 
-# %% ../../nbs/70_translate/74_disentangle.ipynb #02e1a3e2
+# %% ../../nbs/70_translate/74_disentangle.ipynb #b413b74a
 import torch
-
-from .cine_translator import reparametrise, slice_latent
 
 # %% ../../nbs/70_translate/74_disentangle.ipynb #7434475d
 def pairwise_kl(

@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['CONTROLS', 'BETTER', 'SMOKE', 'Stack', 'StackLoader', 'training_of', 'fit_folds', 'fold_file', 'fold_record',
-           'run_folds', 'chosen_folds', 'leave_one_out', 'folds_map', 'measure_folds_per_hour', 'guesses_of',
-           'controls_of', 'score_guess', 'judged', 'table_means', 'beats', 'translate_verdict', 'translate_table',
+           'run_folds', 'chosen_folds', 'leave_one_out', 'measure_folds_per_hour', 'guesses_of', 'controls_of',
+           'score_guess', 'judged', 'table_means', 'beats', 'translate_verdict', 'translate_table',
            'spectrogram_figure', 'write_translate', 'read_folds', 'folds_note', 'evaluate_folds', 'strangers',
            'score_translator', 'machine_facts', 'ablation_table']
 
-# %% ../../nbs/70_translate/78_folds.ipynb #b6e52cd3
-import builtins, copy, json, logging, os, platform, re, time
-from contextlib import contextmanager
+# %% ../../nbs/70_translate/78_folds.ipynb #2e6a3630
+import builtins, copy, json, os, platform, re, time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy.stats import t as student
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from tqdm import tqdm
@@ -143,7 +143,7 @@ def chosen_folds(
     if not folds or min(folds) < 0 or max(folds) >= n: raise ValueError(f"folds {folds}: expected numbers from 0 to {n - 1}, one for each speaker")
     return folds
 
-# %% ../../nbs/70_translate/78_folds.ipynb #cfac822b
+# %% ../../nbs/70_translate/78_folds.ipynb #e757e230
 def leave_one_out(
     data, out,        # folder (list of MoviePair, or Films); folder of the results
     rows=None,        # names in ROWS, or a string with commas; None: all of the kind
@@ -151,7 +151,7 @@ def leave_one_out(
     folds=None,       # see chosen_folds; None: all
     together=1,       # so many folds stacked in one process (lip2audspec goes alone)
     device="cpu", cache=None,
-    map=map,          # or a pool's map, or what folds_map gives
+    map=map,          # or a pool's map, or what job_map gives (notebook 55)
     progress=None,
     **settings,       # fields of TranslateSettings
 ):                    # list of Path: one JSON for each (row, fold, seed)
@@ -164,27 +164,9 @@ def leave_one_out(
     whole = lambda p: str(Path(p).resolve())
     source = films if map is builtins.map else data if isinstance(data, list) else whole(data)       # other processes read the cache themselves
     jobs = [{"data": source, "out": whole(out), "row": row, "folds": f, "seed": seed, "cache": cache and whole(cache), "device": device, "settings": settings} for seed in seeds for row in rows for f in parts(row)]
+    jobs.sort(key=lambda j: j["row"] != "lip2audspec")               # the longest first, so that nobody waits for it at the end
     hide = None if progress is None else not progress
     return [p for paths in tqdm(map(run_folds, jobs), total=len(jobs), desc="folds", disable=hide) for p in paths]
-
-# %% ../../nbs/70_translate/78_folds.ipynb #641d4153
-@contextmanager
-def folds_map(
-    workers=1,       # processes on this machine
-    scheduler=None,  # or the address of a dask scheduler, such as tcp://10.0.0.1:8786
-    timeout=20,      # s to wait for it
-):                   # a map for leave_one_out, ablation_table
-    "This process, several of them, or a dask cluster. Raises ValueError: dask is missing, nobody answers there."
-    if not scheduler and (workers or 1) == 1: yield map; return
-    try: from dask.distributed import Client, LocalCluster
-    except ModuleNotFoundError: raise ValueError("several workers are led by dask, which is not installed: pip install 'sirem-nb[cluster]'") from None
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
-    try: client = Client(scheduler, timeout=timeout) if scheduler else Client(LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL))
-    except (OSError, TimeoutError) as e: raise ValueError(f"no dask scheduler answers at {scheduler} ({str(e).splitlines()[0][:80]}): start one with `dask scheduler`") from None
-    with client:
-        try: yield lambda f, jobs: (job.result() for job in client.map(f, list(jobs), pure=False))
-        finally:
-            if not scheduler: client.cluster.close()
 
 # %% ../../nbs/70_translate/78_folds.ipynb #438ccf46
 def measure_folds_per_hour(
@@ -273,39 +255,41 @@ def table_means(
 # %% ../../nbs/70_translate/78_folds.ipynb #2a82c657
 BETTER = {"l1": -1, "mse": -1, "corr2d": 1, "pesq_wb": 1, "stoi": 1, "estoi": 1, "wer": -1}
 
-# %% ../../nbs/70_translate/78_folds.ipynb #1fc98cf4
+# %% ../../nbs/70_translate/78_folds.ipynb #0e7fb498
 def beats(
     records,         # of evaluate_folds
     row, control,    # two methods
     metric="l1",
-):                   # mean gain over recordings (positive: row is better), its standard error, share of recordings where it is better
-    "A paired comparison: each recording with itself, seeds averaged."
+):                   # mean gain over recordings (positive: row is better), half its 95 % interval, how many recordings are better, of how many
+    "A paired comparison: each recording with itself, seeds averaged; Student's t."
     value = {}
     for r in records:
         if r["table"] == "translate" and r["metric"] == metric and r["value"] is not None: value.setdefault(r["method"], {}).setdefault(r["recording"], []).append(r["value"])
     a, b = value.get(row, {}), value.get(control, {})
     gain = np.array([BETTER[metric]*(np.mean(a[k]) - np.mean(b[k])) for k in a if k in b])
-    if not len(gain): return float("nan"), float("nan"), float("nan")
-    return float(gain.mean()), float(gain.std(ddof=1)/len(gain)**.5) if len(gain) > 1 else float("nan"), float((gain > 0).mean())
+    if not (n := len(gain)): return float("nan"), float("nan"), 0, 0
+    return float(gain.mean()), float(student.ppf(.975, n - 1)*gain.std(ddof=1)/n**.5) if n > 1 else float("nan"), int((gain > 0).sum()), n
 
-# %% ../../nbs/70_translate/78_folds.ipynb #86805aac
+# %% ../../nbs/70_translate/78_folds.ipynb #93394864
 def translate_verdict(
     records,     # of evaluate_folds
     row="ours",
     metric="l1",
-):               # str
-    "One sentence for each control: does the model beat it, within the noise?"
-    lines = []
+):               # list of str
+    "One sentence for each control: does the model beat it, within the noise? The last one says what that means, or that so few recordings cannot decide."
+    lines, found, many = [], {}, {}
     for control in ("mean-spectrogram", "mean-of-word", "other-speaker"):
-        gain, error, share = beats(records, row, control, metric)
-        if not np.isfinite(gain): continue
-        if not np.isfinite(error): lines.append(f"{row} beside {control} in {metric}: {gain:+.4f} on one recording, which decides nothing"); continue
-        sure = abs(gain) > 2*error
-        word = ("beats" if gain > 0 else "loses to") if sure else "cannot be told apart from"
-        lines.append(f"{row} {word} {control} in {metric}: {gain:+.4f} +- {error:.4f} (better on {100*share:.0f} % of the recordings)")
-    lost = lambda control: any("beats" not in l for l in lines if control in l and "decides nothing" not in l)
-    if lost("mean-spectrogram"): return lines + ["So it has learned the mean sound, and not even the word."]
-    return lines + (["So it has learned the word and not the speech."] if lost("mean-of-word") else [])
+        gain, half, better, n = beats(records, row, control, metric)
+        if not n: continue
+        if n == 1: lines.append(f"{row} beside {control} in {metric}: {gain:+.4f} on one recording, which decides nothing"); continue
+        found[control], many[control] = 0 if abs(gain) <= half else 1 if gain > 0 else -1, n
+        word = ("cannot be told apart from", "beats", "loses to")[found[control]]
+        lines.append(f"{row} {word} {control} in {metric}: {gain:+.4f}, 95 % interval {gain - half:+.4f} to {gain + half:+.4f} (better on {better} of {n} recordings)")
+    sound, word = found.get("mean-spectrogram", 1), found.get("mean-of-word")
+    if sound < 0: return lines + ["So it has learned the mean sound at best, and not even the word."]
+    if sound == 0: return lines + [f"So {many['mean-spectrogram']} recordings cannot decide whether it has learned anything from the films."]
+    if word == 0: return lines + [f"So {many['mean-of-word']} recordings cannot decide whether it has learned more than the word."]
+    return lines + {-1: ["So it has learned the word and not the speech."], 1: ["So it has learned more than the mean of the word."]}.get(word, [])
 
 # %% ../../nbs/70_translate/78_folds.ipynb #79d3d136
 def translate_table(

@@ -8,7 +8,7 @@ __all__ = ['LOSS_OF', 'ROWS', 'toy_utterance', 'toy_pairs', 'fitted_sound', 'cro
            'networks_of', 'game_loss', 'rows_of', 'LipGame', 'train_audio', 'new_game', 'new_optimizer', 'run_settings',
            'choose_split', 'val_score', 'train_translator', 'keep_going', 'run_facts', 'load_translator']
 
-# %% ../../nbs/70_translate/77_train.ipynb #a1c6fdc7
+# %% ../../nbs/70_translate/77_train.ipynb #273436cd
 import hashlib, json
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
@@ -18,14 +18,13 @@ import numpy as np
 import soundfile
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..data.frames import check_split, read_split, split_subjects
 from ..data.mrd import replacing, write_json
 from ..data.movies import find_pairs, read_pieces
 from ..evaluate.speech import mel_scores
 from ..learning.checkpoint import Pretrained, read_config
-from ..learning.training import Run, cache_folder, epoch_seed, run_epoch, save_state, settings_of, wait
+from ..learning.training import Run, cache_folder, epoch_seed, run_epochs, settings_of
 from .adversary import Discriminator, discriminator_loss, translator_loss
 from .cine_translator import CineTranslator, KeepTime, KeepTimeConfig, TranslatorConfig, lively_start, recon_loss
 from .disentangle import pairwise_kl
@@ -396,20 +395,11 @@ def train_translator(
     keep_going(run, FilmLoader(data, train, s.batch_size, s.seed, s.mean_target), val_score(data, val), progress)
     return load_translator(out, device)
 
-# %% ../../nbs/70_translate/77_train.ipynb #4f710e89
+# %% ../../nbs/70_translate/77_train.ipynb #55f23444
 def keep_going(run, loader, val_fn=None, progress=None, save=True):
     "Train the epochs that are left; the state is on disk after each. Without validation the last weights are kept."
-    epochs = run.settings["epochs"]
-    hide = True if not run.main else None if progress is None else not progress
-    with tqdm(total=epochs*len(loader), initial=len(run.history)*len(loader), desc="training", unit="batch", disable=hide) as bar:
-        while len(run.history) < epochs:
-            run.history.append(run_epoch(run, loader, game_loss, val_fn, bar))
-            if save and run.main:
-                meta = {"settings": run.settings, "history": run.history, "best": run.best}
-                if val_fn is None: run.model.save_pretrained(run.out/"best")
-                save_state(run.out/"last.safetensors", run.model, run.optimizer, meta)
-                write_json(run.out/"curves.json", meta)
-            wait()
+    keep = None if val_fn else lambda run: run.model.save_pretrained(run.out/"best")
+    run_epochs(run, loader, game_loss, val_fn, progress, (), keep, save)
     run.model.eval()
 
 # %% ../../nbs/70_translate/77_train.ipynb #28e38f9f

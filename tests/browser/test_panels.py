@@ -20,6 +20,7 @@ CELLS = {
     "vowel": "vowel_panel()",
     "time": "import numpy as np\ntime_panel(np.sin(np.arange(20000)/9), 20000, np.random.default_rng(0).random((12, 40, 40)), np.arange(12)*.08 + .04, np.arange(160) % 13)",
     "map": "r = np.random.default_rng(1)\nmap_panel(r.random((40, 40)), r.random((40, 40)), r.random((40, 40)))",
+    "guidance": "from sirem_nb.diffusion.unet3d import SMALL, UNet3D\nfrom dataclasses import replace\ntorch.manual_seed(0)\nm = UNet3D(replace(SMALL, cond_dim=8)).eval()\ng = torch.Generator().manual_seed(1)\nfor p in m.parameters(): p.data += .05*torch.randn(p.shape, generator=g)\nguidance_panel(m, torch.randn(10, 8, generator=g), torch.rand(64, 64, generator=g))",
     "rating": "from sirem_nb.evaluate.rating import *\npage(Study(plan(find_clips('real', 'made')), 'answers.csv', 'A'))",
 }
 
@@ -101,7 +102,9 @@ def push(c, n=0):
 
 
 def test_unticking_an_arm_changes_the_picture(tab): assert changes(tab, "arms", lambda c: c.locator("input[type=checkbox]").nth(3).click())
-@pytest.mark.parametrize("name", ["vowel", "time", "map"])
+
+
+@pytest.mark.parametrize("name", ["vowel", "time", "map", "guidance"])
 def test_a_slider_changes_the_picture(tab, name): assert changes(tab, name, push)
 
 

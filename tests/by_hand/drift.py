@@ -1,47 +1,41 @@
 """Does a movie of ten seconds hold? The paper's feedback beside overlap, second by second (study 958). One thread; each stage replaces its own part of results/drift.*
 
     python tests/by_hand/drift.py make   LONG                        # 16 virtual speakers, two free recordings of 12 s each (a quarter of an hour on two cores)
-    python tests/by_hand/drift.py choose DATA  CACHE MODEL [NAME ...] # context, noise, steps, guidance: on the training speakers' scripts
+    python tests/by_hand/drift.py choose DATA  CACHE MODEL [NAME ...] # context, noise, anchor, steps, guidance: on the training run's validation recordings
     python tests/by_hand/drift.py final  LONG  CACHE MODEL [PART ...] # feedback and overlap on free speech that no training recording holds
+    python tests/by_hand/drift.py final  DATA  CACHE MODEL unseen_subject   # the same on scripted speech of new speakers
     python tests/by_hand/drift.py strip  LONG  CACHE MODEL           # frames for a picture
 
 DATA: what the model was trained on (checkpoints/README.md); MODEL: checkpoints/diffusion-small.
 """
-import datetime
 import json
-import os
-import platform
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from sirem_nb.data.mrd import write_json
 from sirem_nb.diffusion import scores as sc
 from sirem_nb.diffusion.condition import read_talks, three_splits
+from sirem_nb.diffusion.long_video import FilmSettings
 from sirem_nb.diffusion.train import load_diffusion
 from sirem_nb.kspace.spiral import USC13
 from sirem_nb.speaker.corpus import FREE, simulate_corpus
+from stages import keep_stage
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
 OUT, TRACKER, SEED = ROOT/"results"/"drift.json", ROOT/"checkpoints"/"tracker", 0
-OURS = dict(context=3, known_sigma=.1, anchor=True, steps=5, guidance_scale=1.)                  # what sirem generate does
-WAYS = {"feedback": dict(method="feedback"), "3 frames, 0.1": {}, "no anchor": dict(anchor=False), "no anchor, 0.02": dict(anchor=False, known_sigma=.02), "1 frame, 0.1": dict(context=1), "3 frames, 0.02": dict(known_sigma=.02),
-        "3 frames, 0.3": dict(known_sigma=.3), "5 frames, 0.1": dict(context=5), "8 steps": dict(steps=8), "guidance 1.5": dict(guidance_scale=1.5)}
+OURS = {k: v for k, v in asdict(FilmSettings()).items() if k != "method"}                        # what sirem generate does
+WAYS = {"feedback": dict(method="feedback"), "no anchor": dict(anchor=0), **{f"anchor {k}": dict(anchor=k) for k in (1, 2, 4, 8)}, "no anchor, noise 0.1": dict(anchor=0, known_sigma=.1), "anchor 4, noise 0.1": dict(known_sigma=.1),
+        "anchor 4, 1 past frame": dict(context=1), "anchor 4, guidance 1.5": dict(guidance_scale=1.5), "anchor 4, 1 step": dict(steps=1, last_sigma=0)}
 
 
 def keep(stage, records, **about):
     "Replace one stage's records and its line of the meta file."
-    old = [r for r in json.loads(OUT.read_text()) if r["stage"] != stage] if OUT.exists() else []
-    file = OUT.with_suffix(".meta.json"); meta = json.loads(file.read_text()) if file.exists() else {}
-    write_json(OUT, old + [{**r, "stage": stage} for r in records])
-    about |= {"command": f"python tests/by_hand/drift.py {stage.split('/')[0]} ...", "date": datetime.date.today().isoformat(), "cpu_s": round(time.process_time())}
-    machine = {"cores": os.cpu_count(), "threads": 1, "python": platform.python_version(), "torch": torch.__version__, "seed": SEED}
-    write_json(file, {**meta, **machine, "stages": {**meta.get("stages", {}), stage: about}})
+    keep_stage(OUT, stage, records, about, f"python tests/by_hand/drift.py {stage.split('/')[0]} ...", seed=SEED)
 
 
 def make(out):
@@ -55,13 +49,13 @@ def line(rows, name):
 
 def choose(data, cache, model, *names):
     talks, net, reader = read_talks(data, cache=cache), load_diffusion(model), sc.reader_of(TRACKER)
-    us = sc.utterances(talks, three_splits(talks, SEED)["train"], 6, 10., "train")
+    us = sc.utterances(talks, json.loads((Path(model)/"settings.json").read_text())["val"], 6, 10., "val")
     for name in names or WAYS:
         start, rows = time.process_time(), sc.drift(net, us, reader, {name: {"method": "overlap", **OURS, **WAYS[name]}}, seed=SEED)
         line(rows, "mean-pose"); line(rows, name)
-        extra = [] if (OUT.exists() and any(r["stage"] == "choose/controls" for r in json.loads(OUT.read_text()))) else [r for r in sc.drift_records(rows, split="train") if r["method"] != name]
+        extra = [] if (OUT.exists() and any(r["stage"] == "choose/controls" for r in json.loads(OUT.read_text()))) else [r for r in sc.drift_records(rows, split="val") if r["method"] != name]
         if extra: keep("choose/controls", extra)
-        keep(f"choose/{name}", [r for r in sc.drift_records(rows, split="train") if r["method"] == name], setting={**OURS, **WAYS[name]}, cpu_s_here=round(time.process_time() - start))
+        keep(f"choose/{name}", [r for r in sc.drift_records(rows, split="val") if r["method"] == name], setting={**OURS, **WAYS[name]}, cpu_s_here=round(time.process_time() - start))
 
 
 def final(data, cache, model, *parts):

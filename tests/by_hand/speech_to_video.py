@@ -1,18 +1,21 @@
 """How good is the shipped generator? Scores, curves, a film strip, real speech (study 957). One thread; each stage adds to results/speech_to_video.*
 
     python tests/by_hand/speech_to_video.py piles  DATA CACHE                 # I3D features of what does not depend on the model
-    python tests/by_hand/speech_to_video.py choose DATA CACHE MODEL           # settings of the sampler, on recordings of the TRAINING set
+    python tests/by_hand/speech_to_video.py choose DATA CACHE MODEL           # settings of the sampler, on the training run's validation recordings
     python tests/by_hand/speech_to_video.py scores DATA CACHE MODEL [PART ...]  # all rows of the parts of the split
+    python tests/by_hand/speech_to_video.py train  DATA CACHE RUN [NAME=VALUE ...]  # the checkpoint's training again, with another setting: pooled=true, encoder="moonshine"
+    python tests/by_hand/speech_to_video.py row    DATA CACHE RUN NAME        # that run on the same utterances of unseen speech
+    python tests/by_hand/speech_to_video.py anchors DATA CACHE MODEL          # unseen speech without an anchor, and with one in every clip
     python tests/by_hand/speech_to_video.py fvd    DATA CACHE MODEL           # FVD of the model's films, unseen speech
     python tests/by_hand/speech_to_video.py curves DATA CACHE MODEL           # steps and solvers, guidance
     python tests/by_hand/speech_to_video.py strip  DATA CACHE MODEL           # frames for a picture
+    python tests/by_hand/speech_to_video.py time   DATA CACHE MODEL           # seconds for a second of film, one film, one and two threads (on a machine that does nothing else)
 
 DATA: `sirem simulate DATA --no-raw --free ...` as checkpoints/README.md says; MODEL: checkpoints/diffusion-small.
 """
-import datetime
+import dataclasses
 import json
 import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -20,19 +23,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sirem_nb.data.mrd import write_json
 from sirem_nb.diffusion import scores as sc
 from sirem_nb.diffusion.condition import read_talks, three_splits
-from sirem_nb.diffusion.train import load_diffusion
+from sirem_nb.diffusion.long_video import FilmSettings
+from sirem_nb.diffusion.train import load_diffusion, train_diffusion
 from sirem_nb.evaluate.perceptual import load_lpips
 from sirem_nb.evaluate.video import Blocks, clip_features, fvd, load_i3d
+from stages import keep_stage
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
 OUT, TRACKER = ROOT/"results"/"speech_to_video.json", ROOT/"checkpoints"/"tracker"
 N, SECONDS, PILE, SEED = {"unseen_speech": 24, "unseen_subject": 16, "both": 16}, 2., 256, 0
-LAST = 1.5
-MAKING = dict(method="overlap", context=3, known_sigma=.02, steps=4, solver=sc.stopping_at(LAST, "dpm2m"), guidance_scale=1., anchor=True)   # what sirem generate does; steps, level and noise by `choose`
+MAKING = dataclasses.asdict(FilmSettings())   # what sirem generate does
+TRAINING = dict(mixed=True, epochs=54, per_epoch=600, batch_size=6, lr=1.2e-3, context=(0, 1, 1, 1, 2, 2, 3, 3, 3, 4), val_every=9)   # as for the checkpoint
 
 
 def world(data, cache):
@@ -42,12 +46,7 @@ def world(data, cache):
 
 def keep(stage, records, **about):
     "Replace one stage's records and its line of the meta file."
-    old = [r for r in json.loads(OUT.read_text()) if r["stage"] != stage] if OUT.exists() else []
-    file = OUT.with_suffix(".meta.json"); meta = json.loads(file.read_text()) if file.exists() else {}
-    write_json(OUT, old + [{**r, "stage": stage} for r in records])
-    about |= {"command": f"python tests/by_hand/speech_to_video.py {stage.split('/')[0]} DATA CACHE MODEL", "date": datetime.date.today().isoformat(), "cpu_s": round(time.process_time())}
-    machine = {"cores": os.cpu_count(), "threads": 1, "python": platform.python_version(), "torch": torch.__version__, "seed": SEED, "seconds": SECONDS, "making": MAKING}
-    write_json(file, {**meta, **machine, "stages": {**meta.get("stages", {}), stage: about}})
+    keep_stage(OUT, stage, records, about, f"python tests/by_hand/speech_to_video.py {stage.split('/')[0]} DATA CACHE MODEL", seed=SEED, seconds=SECONDS, making=MAKING)
 
 
 def some(clips, n=PILE): return clips[torch.linspace(0, len(clips) - 1, min(n, len(clips))).round().long()]
@@ -74,6 +73,45 @@ def scores(data, cache, model, *parts):
         for row in films: print(f"{row:12s}", *(f"{m} {v['value']:.2f}" for m in ("tongue_mm", "lips_mm", "velum_mm", "lips_opening_corr", "lips_contact_f1", "tongue_speed_ratio", "ssim", "fvd-blocks") if (v := next((r for r in records if r["method"] == row and r["metric"] == m and r["value"] is not None), None))), flush=True)
 
 
+def train(data, cache, run, *given):
+    from sirem_nb.cli import assignments
+    from sirem_nb.diffusion.train import DiffusionSettings
+    train_diffusion(data, run, resume=True, cache=cache, seed=SEED, **TRAINING | assignments(given, DiffusionSettings))
+
+
+def row(data, cache, run, name, stage="rows", **making):
+    "One other model, or other settings, on the utterances of unseen speech."
+    net = load_diffusion(run); talks = read_talks(data, net.config.encoder, cache=cache); split = three_splits(talks, SEED)
+    us = sc.utterances(talks, split["unseen_speech"], N["unseen_speech"], SECONDS, "unseen_speech")
+    films, _ = sc.control_films(net, us, ("model", "other-audio"), seed=SEED, **MAKING | making)
+    mouths = {k: sc.mouth_scores(c, us) for k, c in sc.outlines(films, us, sc.reader_of(TRACKER)).items()}
+    others, common = sc.training_clips(talks, split["train"], PILE), {"table": "diffusion", "split": "unseen_speech"}
+    records = [{**r, "method": name} for r in sc.summary(mouths["model"] | sc.look_scores(films["model"], films["truth"], others), **common) + sc.pile_records({"model": films["model"]}, others, (Blocks(),), None, split="unseen_speech") + sc.verdict(mouths, speakers=[u.subject for u in us], **common)]
+    curve = Path(run)/"curves.json"
+    about = {"val_loss": [round(h["val_loss"], 3) for h in json.loads(curve.read_text())["history"] if "val_loss" in h], "hears": [round(h["hears"], 2) for h in json.loads(curve.read_text())["history"] if "hears" in h]} if curve.exists() else {}
+    keep(f"{stage}/{name}", records, utterances=len(us), making=MAKING | making, **about)
+    print(name, *[r["text"] for r in records if "text" in r], sep="\n", flush=True)
+
+
+def anchors(data, cache, model):
+    for name, k in (("no anchor", 0), ("anchor in every clip", 1)): row(data, cache, model, name, "anchors", anchor=k)
+
+
+def timing(data, cache, model):
+    talks, split = world(data, cache)
+    net, u = load_diffusion(model), sc.utterances(talks, split["unseen_speech"], 1, 4., "unseen_speech")[0]
+    sc.make_films(net, u.features[None, :30], u.video[:1])
+    records = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for steps in (1, MAKING["steps"]):
+            took = []
+            for _ in range(3): begin = time.perf_counter(), time.process_time(); sc.make_films(net, u.features[None], u.video[:1], steps=steps); took.append(((time.perf_counter() - begin[0])/4, (time.process_time() - begin[1])/4))
+            records += [{"table": "time", "method": "model", "metric": m, "value": min(t[i] for t in took), "n": 3, "unit": "s", "threads": threads, "steps": steps} for i, m in enumerate(("seconds_per_second", "cpu_s_per_second"))]; print(threads, steps, took, flush=True)
+    torch.set_num_threads(1)
+    keep("time", records, load=os.getloadavg()[0])
+
+
 def fvds(data, cache, model, n=64):
     "FVD and LPIPS of films that `scores` left in the cache, unseen speech; equally many clips in every pile."
     i3d, films, split = load_i3d(), np.load(Path(cache)/"films-unseen_speech.npz"), {"table": "diffusion", "split": "unseen_speech"}
@@ -92,23 +130,25 @@ def fvds(data, cache, model, n=64):
     for r in out: print(r["method"], r["against"], round(r["value"], 1), r["n_made"], r["note"])
 
 
-def curves(data, cache, model, n=4):
+def curves(data, cache, model, n=8):
     talks, split = world(data, cache)
     net, reader, others = load_diffusion(model), sc.reader_of(TRACKER), sc.training_clips(talks, split["train"], PILE)
-    us, base = sc.utterances(talks, split["unseen_speech"], n, SECONDS, "unseen_speech"), {k: v for k, v in MAKING.items() if k not in ("steps", "solver", "guidance_scale")}
-    steps = [{"label": {"family": f}, "solver": sc.stopping_at(last, s), "steps": k, "guidance_scale": 1.} for f, s, last, ks in
-             (("2M", "dpm2m", .002, (1, 2, 4, 8)), ("Heun", "heun", .002, (2, 4)), (f"2M to {LAST:g}", "dpm2m", LAST, (2, 4, 8)), (f"Heun to {LAST:g}", "heun", LAST, (2, 4))) for k in ks]
-    guide = [{**{k: MAKING[k] for k in ("solver", "steps")}, "guidance_scale": w} for w in (0., 1., 1.5, 2.5)]
+    us, base = sc.utterances(talks, split["unseen_speech"], n, SECONDS, "unseen_speech"), {k: v for k, v in MAKING.items() if k not in ("steps", "solver", "last_sigma", "guidance_scale")}
+    last = MAKING["last_sigma"]
+    steps = [{"label": {"family": f}, "solver": s, "last_sigma": level, "steps": k, "guidance_scale": 1.} for f, s, level, ks in
+             (("2M", "dpm2m", 0, (1, 2, 4, 8)), ("Heun", "heun", 0, (2, 4)), (f"2M to {last:g}", "dpm2m", last, (2, 4, 8)), (f"Heun to {last:g}", "heun", last, (2, 4))) for k in ks]
+    guide = [{**{k: MAKING[k] for k in ("solver", "steps", "last_sigma")}, "guidance_scale": w} for w in (0., 1., 1.5, 2.5)]
     for name, settings in (("steps", steps), ("guidance", guide)):
         keep(f"curves/{name}", sc.sweep(net, us, reader, others, settings, (Blocks(),), seed=SEED, **base), utterances=len(us)); print(name, round(time.process_time()), "s", flush=True)
 
 
-def choose(data, cache, model, n=4):
-    "Where to stop and how much noise on the past: on scripted recordings of the training set, never on a test part."
+def choose(data, cache, model, n=24):
+    "Where to stop and how much noise on the past: on recordings that training set aside, never on a test part."
     talks, split = world(data, cache)
-    us = sc.utterances(talks, split["train"], n, SECONDS, "train")
-    settings = [{"solver": sc.stopping_at(s, "dpm2m"), "label": {"last_sigma": s}, "steps": k, "known_sigma": v} for s, k in ((.002, 8), (.5, 5), (1.5, 4), (5., 3)) for v in ((.1, .02) if s != 1.5 else (.1, .05, .02, .01))]
-    keep("choose", sc.sweep(load_diffusion(model), us, sc.reader_of(TRACKER), sc.training_clips(talks, split["train"], PILE), settings, (Blocks(),), seed=SEED, method="overlap", context=3), utterances=len(us))
+    val = json.loads((Path(model)/"settings.json").read_text())["val"]
+    us = sc.utterances(talks, val, n, SECONDS, "val")
+    settings = [{"last_sigma": s, "steps": k, "known_sigma": v} for s, k, vs in ((0, 8, (.1, .02)), (.5, 5, (.1, .02)), (1.5, 4, (.1, .05, .02, .01)), (1.5, 2, (.02,)), (5., 3, (.02,)), (0, 1, (.02,))) for v in vs]
+    keep("choose", sc.sweep(load_diffusion(model), us, sc.reader_of(TRACKER), sc.training_clips(talks, split["train"], PILE), settings, (Blocks(),), seed=SEED, **{k: v for k, v in MAKING.items() if k not in settings[0]}), utterances=len(us), recordings=val)
 
 
 def strip(data, cache, model, i=0, frames=range(10, 100, 10)):
@@ -120,11 +160,12 @@ def strip(data, cache, model, i=0, frames=range(10, 100, 10)):
     made = {"true": u.video, "ours": torch.from_numpy(films["model"][i]).float()/255, "wrong sound": torch.from_numpy(films["other-audio"][i]).float()/255}
     lines = {k: u.contours if k == "true" else reader(v, u.pixel_mm) for k, v in made.items()}
     rest = {k: np.repeat(v[None], len(u.video), 0) for k, v in u.rest["contours"].items()}
-    np.savez_compressed(OUT.with_suffix(".npz"), times_s=np.array(j)/u.fps, phones=np.array(json.dumps(u.phones)), name=np.array(u.name),
+    step = {k: np.abs(np.diff(films[v].astype(np.float32)/255, axis=1)).mean((0, 2, 3)) for k, v in (("true", "truth"), ("ours", "model"))}     # from frame to frame, over all utterances
+    np.savez_compressed(OUT.with_suffix(".npz"), **{f"step/{k}": v for k, v in step.items()}, times_s=np.array(j)/u.fps, phones=np.array(json.dumps(u.phones)), name=np.array(u.name),
                         **{f"film/{k}": (v[j]*255).round().byte().numpy() for k, v in (made | {"mean pose": u.rest["frame"].expand(len(u.video), -1, -1)}).items()},
                         **{f"lips/{k}": lip_aperture(v) for k, v in (lines | {"mean pose": rest}).items()}, **{f"tongue/{k}": tongue_palate(v) for k, v in (lines | {"mean pose": rest}).items()},
                         **{f"outline/{k}/{a}": v[a][j].astype(np.float32) for k, v in lines.items() for a in ("tongue", "upper_lip", "lower_lip")})
     keep("strip", [], recording=u.name)
 
 
-if __name__ == "__main__": {"piles": piles, "scores": scores, "fvd": fvds, "choose": choose, "curves": curves, "strip": strip}[sys.argv[1]](*sys.argv[2:])
+if __name__ == "__main__": {"piles": piles, "scores": scores, "fvd": fvds, "choose": choose, "curves": curves, "strip": strip, "train": train, "row": row, "anchors": anchors, "time": timing}[sys.argv[1]](*sys.argv[2:])

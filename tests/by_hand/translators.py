@@ -1,9 +1,11 @@
 """The ablation of both papers on two words, three runs a row: each with a seed of its own and another third of the 63 virtual speakers left out (study 955).
 
     python tests/by_hand/translators.py data DATA                     # 63 speakers, cine and tagged: 3 minutes
-    python tests/by_hand/translators.py run DATA RUN KIND ROW [lively=0] [beta=5] [epochs=30] [...]     # what is there already is not done again
+    python tests/by_hand/translators.py run DATA RUN KIND ROW [lively=0] [beta=5] [seeds=[0]] [...]     # what is there already is not done again
     python tests/by_hand/translators.py start DATA RUN                # plain and ours, torch's start and the lively one
+    python tests/by_hand/translators.py speed DATA                    # folds per hour: one by one, stacked
     python tests/by_hand/translators.py keep DATA RUN                 # into results/translators.json
+    python tests/by_hand/translators.py full DATA RUN KIND ROW        # one model of the papers' size, into results/translators_full.json
 """
 import datetime
 import json
@@ -17,18 +19,19 @@ import numpy as np
 import torch
 
 from sirem_nb.data.mrd import write_json
-from sirem_nb.evaluate.speech import mel_scores, speech_records
+from sirem_nb.evaluate.speech import mel_scores
 from sirem_nb.speaker.cine import simulate_cine
 from sirem_nb.translate.adversary import Discriminator
 from sirem_nb.translate.attention import moving_share
 from sirem_nb.translate.cine_translator import CineTranslator, TranslatorConfig
 from sirem_nb.translate.disentangle import word_use
-from sirem_nb.translate.folds import guesses_of, score_guess
+from sirem_nb.translate.folds import guesses_of, measure_folds_per_hour, score_guess
 from sirem_nb.translate.train import Game, game_loss, make_settings, prepare_pairs, train_translator
 
 torch.set_num_threads(1)
 OUT = Path(__file__).resolve().parents[2]/"results"
 SETTINGS = dict(matrix=64, n_crops=20, epochs=24, batch_size=4, lr=3e-3, lr_attention=3e-3, channels=(8, 16, 32, 64, 128), lively=True)
+LIPS = dict(lr_lips=1e-3, audio_steps=200, epochs=12)          # Lip2AudSpec: many more parameters, each step ten times as long
 
 
 def named(kind, row, given):
@@ -46,7 +49,7 @@ def run(data, out, kind, row, *given, seeds=(0, 1, 2)):
         here = Path(out)/named(kind, row, given)/str(seed)
         if (here/"about.json").exists(): continue
         test = d.subjects[seed::3]; split = {"train": [s for s in d.subjects if s not in test], "val": [], "test": test}
-        s, cpu = {**SETTINGS, "kind": kind, "seed": seed, **given}, time.process_time()
+        s, cpu = {**SETTINGS, **(LIPS if row == "lip2audspec" else {}), "kind": kind, "seed": seed, **given}, time.process_time()
         model = train_translator(d, here, row=row, split=split, resume=True, **s)
         learn, test = d.of(split["train"]), d.of(test)
         with torch.no_grad(): found = [model(d.films[i]) for i in test.split(7)]
@@ -80,33 +83,70 @@ def step_cost():
     return found
 
 
+def speed(data):
+    "Four folds one after the other and stacked by vmap, one thread, one epoch of 8 films, the papers' channels."
+    found, s = [], dict(epochs=1, n_train=8, batch_size=4, n_crops=20)
+    for kind in ("cine", "tagged"):
+        for matrix in (32, 64):
+            d = prepare_pairs(data, make_settings(kind=kind, matrix=matrix, n_crops=20), Path(data)/"cache")
+            v = measure_folds_per_hour(d, 4, cache=Path(data)/"cache", kind=kind, matrix=matrix, **s)
+            found += [{"table": "translate-speed", "kind": kind, "matrix": matrix, "method": m, "metric": "folds_per_hour", "value": v[m], "n": 4} for m in ("one_by_one", "together")]; print(found[-2:], flush=True)
+    path = OUT/"translators.json"
+    write_json(path, [r for r in json.loads(path.read_text()) if r["table"] != "translate-speed"] + found)
+
+
+def scored(file, d, test, mels, waves):
+    "{metric: [a number or None for each recording]}, from a file if it is there."
+    if file.exists(): return json.loads(file.read_text())
+    each = [score_guess(mel, d, i, waves) for i, mel in zip(test, torch.from_numpy(mels))]
+    out = {m: [round(float(s[m]), 5) if np.isfinite(s[m]) else None for s in each] for m in each[0]}
+    write_json(file, out)
+    return out
+
+
 def keep(data, out):
-    "Means and single numbers of all runs, pictures of a few recordings."
+    "The means of every run, each speaker's own l1 and corr2d, pictures of a few recordings."
     path, records, runs, pictures, seen = OUT/"translators.json", [], [], {}, set()
     for here in sorted(p.parent for p in Path(out).glob("*/*/about.json")):
         a, name = json.loads((here/"about.json").read_text()), here.parent.name
         d = films_of(data, a["kind"]); z = np.load(here/"guess.npz"); test = z["test"].tolist()
-        rows = {(name, a["row"]): z["mel"]}
-        if (key := (a["kind"], a["seed"])) not in seen: seen.add(key); rows |= {(a["kind"], k): z[k] for k in ("mean-spectrogram", "mean-of-word", "other-speaker", "true-mel")}
-        for (group, method), mels in rows.items():
-            waves = group == a["kind"] or not a["given"]
-            for i, mel in zip(test, torch.from_numpy(mels)):
-                common = {"table": "translate", "run": group, "kind": a["kind"], "method": method, "seed": a["seed"], "subject": d.pairs[i].subject, "recording": d.pairs[i].name, "word": d.pairs[i].word}
-                records += speech_records(score_guess(mel, d, i, waves), **common)
+        rows = {(name, a["kind"], a["row"]): (here/"scores.json", z["mel"], not a["given"])}
+        if a["seed"] not in seen: seen.add(a["seed"]); rows |= {("controls", "both", k): (Path(out)/f"{k}-{a['seed']}.json", z[k], True) for k in ("mean-spectrogram", "mean-of-word", "other-speaker", "true-mel")}   # cine and tagged films have the same sounds
+        for (run, kind, method), (file, mels, waves) in rows.items():
+            s, common = scored(file, d, test, mels, waves), {"run": run, "kind": kind, "method": method, "seed": a["seed"]}
+            for m, v in s.items():
+                there = [x for x in v if x is not None]
+                records.append({"table": "translate-mean", **common, "metric": m, "value": round(float(np.mean(there)), 5), "n": len(there), **({"given": a["given"]} if run == name else {})})
+                if m in ("l1", "corr2d"): records += [{"table": "translate", **common, "metric": m, "subject": d.pairs[i].subject, "value": x} for i, x in zip(test, v)]
         curve = json.loads((here/"curves.json").read_text())["history"]
         runs.append({k: a[k] for k in a if k != "settings"} | {"name": name, "curve": [round(h["rec"], 2) for h in curve]})
         if a["seed"] == 0 and not a["given"]:
             two = [next(k for k, i in enumerate(test) if d.pairs[i].word == w) for w in ("asouk", "ageese")]
-            pictures |= {f"{a['kind']}/{a['row']}": z["mel"][two], **{f"{a['kind']}/{k}": z[k][two] for k in ("mean-of-word", "true-mel")}, **({"masks": z["masks"], "film": d.films[test[0]].numpy()} if "masks" in z else {})}
-    old = [r for r in json.loads(path.read_text()) if r["table"] == "translate-speed"] if path.exists() else []
-    write_json(path, old + [{k: (round(v, 5) if isinstance(v, float) else v) for k, v in r.items() if k not in ("unit", "recording")} for r in records])
-    meta = {k: v for k, v in json.loads((OUT/"translators.meta.json").read_text()).items() if k in ("thirds", "speed")}
-    cost = meta.get("thirds", {}).get("cost")
-    meta["thirds"] = {"cost": cost or step_cost(), "commands": [l.strip() for l in __doc__.splitlines() if l.strip().startswith("python")], "date": str(datetime.date.today()), "machine": f"CPU, one thread of a busy machine ({platform.machine()})", "torch": torch.__version__, "settings": SETTINGS, "runs": runs}
-    write_json(OUT/"translators.meta.json", meta)
+            pictures |= {f"{a['kind']}/{a['row']}": z["mel"][two], **{f"{a['kind']}/{k}": z[k][two] for k in ("mean-of-word", "true-mel")}, **({"masks": z["masks"], "film": d.films[test[0]].numpy()} if "masks" in z and a["row"] == "ours" else {})}
+    write_json(path, [r for r in json.loads(path.read_text()) if r["table"] == "translate-speed"] + records)
+    old = json.loads((OUT/"translators.meta.json").read_text())
+    write_json(OUT/"translators.meta.json", {"commands": [l.strip() for l in __doc__.splitlines() if l.strip().startswith("python")], "date": str(datetime.date.today()), "machine": f"CPU, one thread of a busy machine ({platform.machine()})",
+        "torch": torch.__version__, "settings": SETTINGS, "settings_lip2audspec": LIPS, "cost": old.get("cost") or old["thirds"]["cost"], "runs": runs})
     np.savez_compressed(OUT/"translators.npz", **{k: np.uint8(np.round(255*np.clip(v, 0, 1))) for k, v in pictures.items()})
+
+
+FULL = dict(matrix=128, n_crops=100, channels=(32, 32, 64, 64, 128))      # pixels, crops and layers are the papers'; the epochs stay ours
+
+
+def full(data, out, kind, row):
+    "One model of full size, the first third of the speakers left out, beside the guesses for the same speakers."
+    SETTINGS.update(FULL); run(data, out, kind, row, seeds=(0,))
+    here, d, path = Path(out)/named(kind, row, {})/"0", films_of(data, kind), OUT/"translators_full.json"
+    about, z = json.loads((here/"about.json").read_text()), np.load(here/"guess.npz")
+    new = {m: mel_scores(torch.from_numpy(z["mel" if m == row else m]), d.middle[z["test"]]) for m in (row, "mean-spectrogram", "mean-of-word", "other-speaker")}
+    old = [r for r in (json.loads(path.read_text()) if path.exists() else []) if (r["kind"], r["row"]) != (kind, row)]
+    write_json(path, old + [{"table": "translate-full", "kind": kind, "row": row, "seed": 0, "method": m, "metric": k, "value": round(float(s[k]), 5), "n": len(z["test"])} for m, s in new.items() for k in ("l1", "corr2d")])
+    meta = OUT/"translators_full.meta.json"
+    runs = json.loads(meta.read_text())["runs"] if meta.exists() else {}
+    runs[f"{kind}-{row}"] = {"cpu_s": about["cpu_s"], "word_right": about["word_right"], "train_l1": round(about["train_l1"], 5), "settings": about["settings"], "date": str(datetime.date.today())}
+    write_json(meta, {"command": "python tests/by_hand/translators.py full DATA RUN KIND ROW", "seed": 0, "machine": f"CPU, one thread ({platform.machine()})", "torch": torch.__version__, "runs": runs})
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "data": simulate_cine(sys.argv[2], tagged="both", seed=0, n_workers=1)
-    else: {"run": run, "start": start, "keep": keep}[sys.argv[1]](*sys.argv[2:])
+    else: {"run": run, "start": start, "speed": speed, "keep": keep, "full": full}[sys.argv[1]](*sys.argv[2:])
