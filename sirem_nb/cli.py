@@ -6,7 +6,7 @@
 __all__ = ['app', 'train_app', 'Seed', 'Device', 'Workers', 'Spread', 'Scheduler', 'Raw', 'Data', 'download_app', 'RECON_METHODS',
            'TABLES', 'weights_app', 'numbers', 'positive', 'one_of', 'pick_device', 'main', 'simulate', 'info',
            'download_usc75', 'splits', 'recon', 'features', 'fusion', 'translate', 'assignments', 'meet', 'leave',
-           'translate_movie', 'diffusion', 'generate', 'kind_of_run', 'tables_of', 'evaluate', 'tune', 'bench',
+           'translate_movie', 'diffusion', 'generate', 'kind_of_run', 'tables_of', 'evaluate', 'said', 'tune', 'bench',
            'weights_list', 'weights_fetch', 'weights_from_file', 'demo']
 
 # %% ../nbs/90_use/91_cli.ipynb #4b4faece
@@ -175,11 +175,15 @@ def download_usc75(
     out: Annotated[Path, typer.Option(help="folder of the data set, in the set's own layout")],
     what: Annotated[str, typer.Option(help="raw, audio, recon, video; several with commas")] = "raw,audio",
     url: Annotated[str, typer.Option(help="another copy of the archive; default: figshare")] = None,
+    metafile: Annotated[str, typer.Option(help="address of the remarks on the recordings, which sirem info shows; default: figshare's, and with --url none")] = None,
 ):
     "Single recordings out of the 570 GB archive of USC 75-speaker, by range requests; resumed and checked."
-    from sirem_nb.data.usc75 import ARCHIVE, download_usc75 as fetch
+    from sirem_nb.data.usc75 import ARCHIVE, METAFILE, download_usc75 as fetch, fetch_metafile
     words = lambda text: tuple(w.strip() for w in text.split(",") if w.strip())
     for path in fetch(out, subject, words(task), words(what), url or ARCHIVE, progress=True): print(f"wrote {path}")
+    if (remarks := metafile or (None if url else METAFILE)) is None: return
+    try: print(f"remarks on the recordings: {fetch_metafile(out, remarks)}")
+    except (OSError, ValueError) as e: print(f"the recordings are here, the remarks on them are not: {e}", file=sys.stderr)
 
 # %% ../nbs/90_use/91_cli.ipynb #d0fc2bbb
 @app.command(epilog="Example: sirem splits sirem-10-2-4 --out split.json")
@@ -452,7 +456,7 @@ def tables_of(
 @app.command(epilog="Example: sirem evaluate data --run run --out tables")
 def evaluate(
     data: Data,
-    out: Annotated[Path, typer.Option(help="folder: fusion.json, .md, .png and maps; paper_tables.json, paper.md and pictures; translate.json, .md, .png; diffusion.json, drift.json")],
+    out: Annotated[Path, typer.Option(help="folder: fusion.json, .md, .png and maps; paper_tables.json, paper.md and pictures; translate.json, .md, .png; diffusion.json, .md; drift.json, .md, .png")],
     run: Annotated[Path, typer.Option(help="what sirem train wrote, or a folder with several runs of SIREM; default: none")] = None,
     tables: Annotated[str, typer.Option(help="fusion, paper, left-out; translate; diffusion, drift; several with commas; default: all that goes with the run but left-out and drift; without a run paper")] = None,
     part: Annotated[str, typer.Option(help="part of the run's split: train, val or test")] = "test",
@@ -491,15 +495,20 @@ def _tracker():
     if not folder.is_dir(): raise FileNotFoundError(f"{folder}: no such folder; an installed wheel has no checkpoints: get checkpoints/tracker of the repository")
     return folder
 
+def said(records):
+    "What the verdicts say."
+    for r in records:
+        if "text" in r: print(f"{r['split'].replace('_', ' ')}, {r['method']}: {r['text']}")
+
 def _diffusion_table(data, run, out, cache, utterances, seed):
     from sirem_nb.diffusion.scores import score_diffusion
-    score_diffusion(data, run, out, n=utterances, tracker=_tracker(), cache=cache, seed=seed)
-    for f in ("diffusion.json", "diffusion.meta.json"): print(f"wrote {out/f}")
+    said(score_diffusion(data, run, out, n=utterances, tracker=_tracker(), cache=cache, seed=seed))
+    for f in ("diffusion.json", "diffusion.md", "diffusion.meta.json"): print(f"wrote {out/f}")
 
 def _drift_table(data, run, out, cache, utterances, seed):
     from sirem_nb.diffusion.scores import score_drift
-    score_drift(data, run, out, n=utterances, tracker=_tracker(), cache=cache, seed=seed)
-    for f in ("drift.json", "drift.meta.json"): print(f"wrote {out/f}")
+    said(score_drift(data, run, out, n=utterances, tracker=_tracker(), cache=cache, seed=seed))
+    for f in ("drift.json", "drift.md", "drift.png", "drift.meta.json"): print(f"wrote {out/f}")
 
 # %% ../nbs/90_use/91_cli.ipynb #108afa77
 def _fusion_tables(data, run, out, part, cache, max_frames):

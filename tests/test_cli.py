@@ -215,11 +215,13 @@ def test_evaluate_knows_a_generator(tmp_path, monkeypatch, capsys):
     "Which table is made of which run, and with what; the tables themselves are tested with notebook 88."
     scores = pytest.importorskip("sirem_nb.diffusion.scores")
     (tmp_path/"run").mkdir(); (tmp_path/"run"/"settings.json").write_text('{"model": "diffusion"}'); seen = []
-    monkeypatch.setattr(scores, "score_diffusion", lambda data, run, out, **kw: seen.append((run, out, kw)))
+    monkeypatch.setattr(scores, "score_diffusion", lambda data, run, out, **kw: seen.append((run, out, kw)) or [{"split": "unseen_speech", "method": "model", "metric": "tongue_mm", "value": 1.}, {"split": "unseen_speech", "method": "model", "text": "it passes"}])
     assert main(["evaluate", str(tmp_path), "--run", str(tmp_path/"run"), "--out", str(tmp_path/"t"), "--utterances", "3", "--seed", "5"]) == 0
     (run_, out, kw), = seen
-    assert (run_, out, kw["n"], kw["seed"], kw["tracker"].name) == (tmp_path/"run", tmp_path/"t", 3, 5, "tracker") and "diffusion.json" in capsys.readouterr().out
-    monkeypatch.setattr(scores, "score_drift", lambda data, run, out, **kw: seen.append((run, out, kw)))
+    assert (run_, out, kw["n"], kw["seed"], kw["tracker"].name) == (tmp_path/"run", tmp_path/"t", 3, 5, "tracker")
+    out = capsys.readouterr().out
+    assert "diffusion.json" in out and out.count("unseen speech, model: it passes") == out.count("unseen speech") == 1
+    monkeypatch.setattr(scores, "score_drift", lambda data, run, out, **kw: seen.append((run, out, kw)) or [])
     assert main(["evaluate", str(tmp_path), "--run", str(tmp_path/"run"), "--out", str(tmp_path/"t"), "--tables", "drift", "--utterances", "2"]) == 0
     run_, out, kw = seen[1]
     assert (run_, out, kw["n"], kw["seed"], kw["tracker"].name) == (tmp_path/"run", tmp_path/"t", 2, 0, "tracker") and "drift.json" in capsys.readouterr().out

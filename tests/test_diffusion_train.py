@@ -171,7 +171,7 @@ def test_paper_row(toys):
     assert torch.isfinite(loss) and not torch.equal(before, model.net.head[-1].weight) and model.steps == 1
 
 
-@pytest.mark.parametrize("bad, says", [(dict(epoch=1), "no training setting"), (dict(row="theirs"), "no row"), (dict(context=(10,)), "context"), (dict(context_sigma=(.3, .1)), "context_sigma"), (dict(per_epoch=0), "per_epoch"), (dict(size="big"), "size")])
+@pytest.mark.parametrize("bad, says", [(dict(epoch=1), "no setting"), (dict(row="theirs"), "no row"), (dict(context=(10,)), "context"), (dict(context_sigma=(.3, .1)), "context_sigma"), (dict(per_epoch=0), "per_epoch"), (dict(size="big"), "size")])
 def test_wrong_settings(bad, says):
     with pytest.raises(ValueError, match=says): T.make_settings(**bad)
 

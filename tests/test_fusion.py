@@ -94,7 +94,7 @@ def test_settings_are_the_papers():
     s = T.make_settings()
     assert (s.lr, s.weight_decay, s.batch_size, s.epochs, s.clip, s.val_every) == (1e-4, 1e-5, 8, 20, 1.0, 5)
     assert (s.alpha, s.beta, s.gamma, s.budget, s.hidden) == (0.1, 0.01, 0.01, 2, (1024, 2048))
-    with pytest.raises(ValueError, match="no training setting 'learning_rate'"): T.make_settings(learning_rate=1)
+    with pytest.raises(ValueError, match="no setting 'learning_rate'"): T.make_settings(learning_rate=1)
 
 
 def test_the_cache_is_used_shared_and_renewed(corpus, tmp_path, monkeypatch):

@@ -517,7 +517,7 @@ def test_bad_data_is_one_line(bad, data, message, capsys, tmp_path):
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".npz"]
 
 
-@pytest.mark.parametrize("more, message", [(["--kind", "film"], "expected cine, tagged"), (["--matrix", "100"], "expected 128, 64, 32"), (["--row", "magic"], "expected ours"), (["--row", "no-attention"], "expected ours"), (["--set", "magic=1"], "no training setting"),
+@pytest.mark.parametrize("more, message", [(["--kind", "film"], "expected cine, tagged"), (["--matrix", "100"], "expected 128, 64, 32"), (["--row", "magic"], "expected ours"), (["--row", "no-attention"], "expected ours"), (["--set", "magic=1"], "no setting"),
     (["--set", "lr"], "NAME=VALUE"), (["--epochs", "0"], "above 0"), (["--folds", "0:2"], "goes with --leave-one-out"), (["--leave-one-out", "--folds", "0-2"], "expected a:b"), (["--leave-one-out", "--seeds", "a"], "whole numbers"),
     (["--leave-one-out", "--rows", "magic"], "no row"), (["--leave-one-out", "--folds", "7:9"], "expected numbers from 0 to 4"), (["--set", "lr=fast"], "lr")])
 def test_bad_wishes_are_one_line(toy, tmp_path, more, message, capsys):

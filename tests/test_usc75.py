@@ -16,6 +16,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *a): pass
     def do_GET(self):
         s = self.server
+        if self.path.endswith(".json"): self.send_response(200); self.end_headers(); return self.wfile.write(s.remarks)
         n, (a, b), r = len(s.blob), (0, len(s.blob)), self.headers.get("Range") if s.ranges else None
         if r:
             lo, hi = r.removeprefix("bytes=").split("-")
@@ -132,12 +133,28 @@ def test_notes_and_where_they_lie(tmp_path):
     with pytest.raises(ValueError, match="not JSON"): u.notes_of(file, NAME)
 
 
+def test_remarks_come_with_the_recordings(server, tmp_path):
+    meta = server.url.replace("a.zip", "metafile.json")
+    server.remarks = b"<html>moved</html>"
+    with pytest.raises(ValueError, match="not JSON"): u.fetch_metafile(tmp_path/"d", meta)
+    assert not (tmp_path/"d").exists()
+    server.remarks = f'{{"sub009": [{{"prefix": "{NAME}", "notes": "artefact"}}]}}'.encode()
+    got = u.fetch_metafile(tmp_path/"d", meta)
+    assert got.parent == tmp_path/"d" and u.notes_of(got, NAME) == ["notes: artefact"] and u.find_metafile(tmp_path/"d"/"sub009"/"2drt"/"raw"/"x.h5") == got
+    server.remarks = b"{}"
+    assert u.fetch_metafile(tmp_path/"d", meta) == got and u.notes_of(got, NAME)          # not asked for again
+
+
 def test_the_commands(server, tmp_path):
     import os, subprocess, sys
     from pathlib import Path
     sirem = lambda *a: subprocess.run([Path(sys.executable).parent/"sirem", *map(str, a)], capture_output=True, text=True, env={**os.environ, "NO_PROXY": "127.0.0.1"})
     r = sirem("download", "usc75", "--subject", "9", "--task", "12_picture1", "--what", "audio,video", "--url", server.url, "--out", tmp_path/"d")
     assert r.returncode == 0 and r.stdout.count("wrote ") == 2 and (tmp_path/"d"/"sub009"/"2drt"/"audio"/"sub009_2drt_12_picture1_audio.wav").is_file(), r.stderr
+    assert "remarks" not in r.stdout + r.stderr
+    server.remarks = b"none"
+    r = sirem("download", "usc75", "--subject", "9", "--task", "12_picture1", "--what", "audio", "--url", server.url, "--metafile", server.url.replace("a.zip", "none.json"), "--out", tmp_path/"d")
+    assert r.returncode == 0 and "the remarks on them are not" in r.stderr and "wrote" in r.stdout
     r = sirem("download", "usc75", "--subject", "9", "--task", "rainbow", "--url", server.url, "--out", tmp_path/"d")
     assert r.returncode == 2 and len(r.stderr.strip().splitlines()) == 1 and "06_rainbow_r1" in r.stderr
     server.ranges = False

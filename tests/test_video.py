@@ -380,7 +380,9 @@ def test_long_films_are_scored_in_the_parts_that_have_some(world, tmp_path):
     assert {r["split"] for r in records} == {"unseen_speech", "unseen_subject"} and list(meta["left_out"]) == ["both"] and meta["making"]["anchor"] == 1
     texts = {(r["split"], r["method"]): r["text"] for r in records if r["metric"] == "tongue_holds"}
     assert {m for _, m in texts} == {"overlap", "feedback", "frozen"} and all("FAILS (2 utterances, expected 20)" in t or "FAILS (1 utterances, expected 20)" in t for t in texts.values()), texts
-    assert len(json.loads((tmp_path/"drift.json").read_text())) == len(records)
+    assert len(json.loads((tmp_path/"drift.json").read_text())) == len(records) and (tmp_path/"drift.png").read_bytes()[:4] == b"\x89PNG"
+    said = (tmp_path/"drift.md").read_text()
+    assert said.count("## ") == 2 and all(f"- {m}: {t}" in said for (_, m), t in texts.items())
     with pytest.raises(ValueError, match="recordings of 10 s"): sc.score_drift(slow, network(Oracle(world)), split=split, tracker=lookup(world))
 
 

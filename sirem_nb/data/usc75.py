@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['READ', 'FREE', 'TASKS', 'SUBJECTS', 'FILES', 'ARCHIVE', 'METAFILE', 'recording_name', 'is_free', 'Member',
            'read_index', 'data_start', 'unpack', 'same_file', 'fetch_member', 'members_of', 'download_usc75',
-           'notes_of', 'find_metafile']
+           'notes_of', 'find_metafile', 'fetch_metafile']
 
 # %% ../../nbs/20_data/23_usc75.ipynb #69963666
 import json
@@ -209,3 +209,18 @@ def find_metafile(
 ):         # Path or None
     "The metafile in one of the folders above a recording."
     return next((f for p in list(Path(path).resolve().parents)[:5] for f in sorted(p.glob("metafile*.json"))), None)
+
+# %% ../../nbs/20_data/23_usc75.ipynb #51e972ec
+def fetch_metafile(
+    out,           # folder of the data set
+    url=METAFILE,
+):                 # Path
+    "The metafile, unless one is there. Raises OSError (network), ValueError (not JSON); then nothing is written."
+    if (there := find_metafile(Path(out)/"any")): return there
+    import requests
+    try: r = requests.get(url, timeout=60); r.raise_for_status(); json.loads(r.content)
+    except requests.RequestException as e: raise OSError(f"{url}: {' '.join(str(e).split())[:200]}") from None
+    except ValueError as e: raise ValueError(f"{url}: not JSON ({str(e)[:80]})") from None
+    target = Path(out)/"metafile_public_20210129.json"; target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as tmp: Path(tmp).write_bytes(r.content)
+    return target

@@ -106,7 +106,7 @@ def log_mel(
 def read_out(
     x, y,        # (n, d) what is known, (n, k) what is asked
     pieces=5,    # each is predicted from the others
-    ridge=1.,    # relative to the variance of x
+    ridge=1.,    # in percent of the variance of x
 ):               # (pieces,) share of the variance of y that is predicted
     "Cross-validated linear reading; pieces are stretches of time."
     out, part = [], np.arange(len(x))*pieces//len(x)

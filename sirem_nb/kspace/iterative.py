@@ -347,6 +347,18 @@ def _cg(N, b, x, n_iter, tol=None, seen=None):
     return x, n
 
 # %% ../../nbs/10_kspace/16_iterative.ipynb #d90864ee
+_START = 6  # conjugate gradient steps before a regulariser joins in
+
+def _start(problem, frames, x, n_iter, seen):
+    "x0, or a few conjugate gradient steps from zero; with N x, and the steps used."
+    N, b = (lambda v: problem.normal(v, frames)), problem.b[frames]
+    if x is None:
+        x, n = _cg(N, b, torch.zeros_like(b), min(_START, n_iter // 3), None, seen)
+        return x, N(x), n
+    Nx = N(x)
+    if seen: seen(x, Nx)
+    return x, Nx, 0
+
 def _in_batches(solve, problem, x0, batch, lam, n_iter):
     "solve(frames, x0, history) for a few frames at a time, so that memory is bounded, and put together."
     if not (np.isfinite(lam) and lam >= 0 and n_iter >= 0):
@@ -359,10 +371,6 @@ def _in_batches(solve, problem, x0, batch, lam, n_iter):
         images.append(image); curves.append(history); most = max(most, n)
     rows = [torch.stack(h + h[-1:] * (most + 1 - len(h))) for h in curves if h]
     return Solution(torch.cat(images), torch.cat(rows, 1) if rows else None, most)
-
-
-def _settled(new, old, tol):
-    return tol is not None and bool(((new - old).flatten(1).norm(dim=1) <= tol * new.flatten(1).norm(dim=1)).all())
 
 # %% ../../nbs/10_kspace/16_iterative.ipynb #d1a67fbf
 def cg_sense(
@@ -480,21 +488,11 @@ def metric(
     found.s = 1.05 * float((_dot(v, outside(every(inside(v)))) / _dot(v, found.times(v))).max())
     return found
 
-# %% ../../nbs/10_kspace/16_iterative.ipynb #a8335e1c
-_START = 6  # conjugate gradient steps before the regulariser joins in
-
-
-def _start(problem, frames, x, n_iter, seen):
-    "x0, or a few conjugate gradient steps from zero; with N x, and the steps used."
-    N, b = (lambda v: problem.normal(v, frames)), problem.b[frames]
-    if x is None:
-        x, n = _cg(N, b, torch.zeros_like(b), min(_START, n_iter // 3), None, seen)
-        return x, N(x), n
-    Nx = N(x)
-    if seen: seen(x, Nx)
-    return x, Nx, 0
-
 # %% ../../nbs/10_kspace/16_iterative.ipynb #871a01a2
+def _settled(new, old, tol):
+    return tol is not None and bool(((new - old).flatten(1).norm(dim=1) <= tol * new.flatten(1).norm(dim=1)).all())
+
+
 def _fista(N, b, c, Nc, ruler, threshold, n_iter, tol, seen):
     "min 1/2 <c, N c> - Re <c, b> + s d |threshold c|_1 from c; seen(c, N c) after each iteration. Returns c, iterations done."
     z, Nz, n = c, Nc, 0

@@ -111,7 +111,7 @@ def wait():
 def settings_of(cls, given):
     "A settings dataclass from names and values (lists, as JSON has them, become tuples). Raises ValueError for a name that does not exist."
     known = [f.name for f in fields(cls)]
-    if unknown := [k for k in given if k not in known]: raise ValueError(f"no training setting {unknown[0]!r}: expected one of {', '.join(known)}")
+    if unknown := [k for k in given if k not in known]: raise ValueError(f"no setting {unknown[0]!r}: expected one of {', '.join(known)}")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 def cache_folder(name, cache=None):

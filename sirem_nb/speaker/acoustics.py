@@ -273,6 +273,18 @@ class Voice:
     shimmer: float = 0.03         # the same of the opening
     pressure_cmh2o: float = 8.0   # of the lungs
 
+
+@njit(cache=True)
+def _glottis(tube, gap, lungs, rate):
+    "Flow through the glottis: lungs against tract with friction, mass and the jet's loss (a quadratic equation)."
+    gap, d, r, st = max(gap, 1e-5), tube[7][0], tube[8][0], tube[3]
+    mass = 2 * rate * RHO * 0.3 / gap                     # folds 0.3 cm thick, 1.2 cm long
+    st[1, 0], st[6, 0] = st[1, 0] * st[6, 0] / mass, mass
+    a = 0.5 * RHO / gap**2
+    b = mass + 12 * MU * 0.3 * 1.44 / gap**3 + 1.0 / d
+    c = lungs + mass * st[1, 0] - r / d
+    return math.copysign(2 * abs(c) / (b + math.sqrt(b * b + 4 * a * abs(c))), c)
+
 # %% ../../nbs/30_speaker/32_acoustics.ipynb #a857a4c8
 def glottal_area(
     f0_hz,    # (sample,) Hz
@@ -292,18 +304,6 @@ def glottal_area(
     rise, fall = 0.5 - 0.5 * np.cos(np.pi * phase / up), np.cos(0.5 * np.pi * (phase - up) / down)
     pulse = np.where(phase < up, rise, np.where(phase < up + down, fall, 0.0))
     return voicing * (voice.gap_cm2 * (1 + voice.shimmer * wobble[1, cycle]) * pulse + voice.breathiness)
-
-# %% ../../nbs/30_speaker/32_acoustics.ipynb #d4e75d09
-@njit(cache=True)
-def _glottis(tube, gap, lungs, rate):
-    "Flow through the glottis: lungs against tract with friction, mass and the jet's loss (a quadratic equation)."
-    gap, d, r, st = max(gap, 1e-5), tube[7][0], tube[8][0], tube[3]
-    mass = 2 * rate * RHO * 0.3 / gap                     # folds 0.3 cm thick, 1.2 cm long
-    st[1, 0], st[6, 0] = st[1, 0] * st[6, 0] / mass, mass
-    a = 0.5 * RHO / gap**2
-    b = mass + 12 * MU * 0.3 * 1.44 / gap**3 + 1.0 / d
-    c = lungs + mass * st[1, 0] - r / d
-    return math.copysign(2 * abs(c) / (b + math.sqrt(b * b + 4 * a * abs(c))), c)
 
 # %% ../../nbs/30_speaker/32_acoustics.ipynb #fdc5fa6a
 REYNOLDS, TEETH_CM = 1800.0, 0.8   # where a jet turns rough; the upper teeth's distance from the lips' outer edge

@@ -3,8 +3,9 @@
     python tests/by_hand/translators.py data DATA                     # 63 speakers, cine and tagged: 3 minutes
     python tests/by_hand/translators.py run DATA RUN KIND ROW [lively=0] [beta=5] [seeds=[0]] [...]     # what is there already is not done again
     python tests/by_hand/translators.py start DATA RUN                # plain and ours, torch's start and the lively one
+    python tests/by_hand/translators.py sweep DATA RUN                # beta and lambda, one after the other
     python tests/by_hand/translators.py speed DATA                    # folds per hour: one by one, stacked
-    python tests/by_hand/translators.py keep DATA RUN                 # into results/translators.json
+    python tests/by_hand/translators.py keep DATA RUN                 # into results/translators.json; what other machines kept stays
     python tests/by_hand/translators.py full DATA RUN KIND ROW        # one model of the papers' size, into results/translators_full.json
 """
 import datetime
@@ -49,7 +50,7 @@ def run(data, out, kind, row, *given, seeds=(0, 1, 2)):
         here = Path(out)/named(kind, row, given)/str(seed)
         if (here/"about.json").exists(): continue
         test = d.subjects[seed::3]; split = {"train": [s for s in d.subjects if s not in test], "val": [], "test": test}
-        s, cpu = {**SETTINGS, **(LIPS if row == "lip2audspec" else {}), "kind": kind, "seed": seed, **given}, time.process_time()
+        s, cpu = {**SETTINGS, **(LIPS if row == "lip2audspec" else {}), "kind": kind, "seed": seed, **given, **({"lively": bool(given["lively"])} if "lively" in given else {})}, time.process_time()
         model = train_translator(d, here, row=row, split=split, resume=True, **s)
         learn, test = d.of(split["train"]), d.of(test)
         with torch.no_grad(): found = [model(d.films[i]) for i in test.split(7)]
@@ -57,7 +58,7 @@ def run(data, out, kind, row, *given, seeds=(0, 1, 2)):
         means = [d.target[learn][d.words[learn] == w].mean(0) for w in (0, 1)]
         near = torch.stack([(mel - m).square().sum((1, 2)) for m in means], 1).argmin(1)
         with torch.no_grad(): own = torch.cat([model(d.films[i])["mel"] for i in learn[:21].split(7)])
-        about = {"kind": kind, "row": row, "seed": seed, "given": given, "settings": s, "cpu_s": round(time.process_time() - cpu), "word_right": float((near == d.words[test]).float().mean()), "spread": float(mel.std(0).mean()),
+        about = {"kind": kind, "row": row, "seed": seed, "given": given, "settings": s, "cpu_s": round(time.process_time() - cpu), "word_right": float((near == d.words[test]).float().mean()), "spread": float(mel.std(0).mean()), "date": str(datetime.date.today()),
                  "train_l1": float(mel_scores(own, d.target[learn[:21]])["l1"])}
         if "mu" in found[0]: about["word_use"] = word_use(model, d.films[test], d.target[test])
         if "masks" in found[0]: about["moving_share"] = torch.cat([moving_share(f["masks"]) for f in found]).mean().item(); about["mask_range"] = [min(f["masks"].min().item() for f in found), max(f["masks"].max().item() for f in found)]
@@ -68,7 +69,12 @@ def run(data, out, kind, row, *given, seeds=(0, 1, 2)):
 
 def start(data, out):
     for row in ("plain", "ours"):
-        for lively in (0, 1): run(data, out, "cine", row, f"lively={lively}", seeds=(0,))
+        for lively in (0, 1): run(data, out, "cine", row, f"lively={lively}")
+
+
+def sweep(data, out):
+    for name in ("beta", "lam"):
+        for v in (.05, 5, 50): run(data, out, "cine", "ours", f"{name}={v}")
 
 
 def step_cost():
@@ -123,11 +129,13 @@ def keep(data, out):
         if a["seed"] == 0 and not a["given"]:
             two = [next(k for k, i in enumerate(test) if d.pairs[i].word == w) for w in ("asouk", "ageese")]
             pictures |= {f"{a['kind']}/{a['row']}": z["mel"][two], **{f"{a['kind']}/{k}": z[k][two] for k in ("mean-of-word", "true-mel")}, **({"masks": z["masks"], "film": d.films[test[0]].numpy()} if "masks" in z and a["row"] == "ours" else {})}
-    write_json(path, [r for r in json.loads(path.read_text()) if r["table"] == "translate-speed"] + records)
-    old = json.loads((OUT/"translators.meta.json").read_text())
+    new, old = {(r["run"], r["method"], r["seed"]) for r in records}, json.loads((OUT/"translators.meta.json").read_text())
+    write_json(path, [r for r in json.loads(path.read_text()) if r["table"] == "translate-speed" or (r["run"], r["method"], r["seed"]) not in new] + records)
+    runs = sorted([r for r in old["runs"] if (r["name"], r["row"], r["seed"]) not in new] + runs, key=lambda r: (r["name"], r["seed"]))
+    with np.load(OUT/"translators.npz") as z: pictures = dict(z) | {k: np.uint8(np.round(255*np.clip(v, 0, 1))) for k, v in pictures.items()}
     write_json(OUT/"translators.meta.json", {"commands": [l.strip() for l in __doc__.splitlines() if l.strip().startswith("python")], "date": str(datetime.date.today()), "machine": f"CPU, one thread of a busy machine ({platform.machine()})",
         "torch": torch.__version__, "settings": SETTINGS, "settings_lip2audspec": LIPS, "cost": old.get("cost") or old["thirds"]["cost"], "runs": runs})
-    np.savez_compressed(OUT/"translators.npz", **{k: np.uint8(np.round(255*np.clip(v, 0, 1))) for k, v in pictures.items()})
+    np.savez_compressed(OUT/"translators.npz", **pictures)
 
 
 FULL = dict(matrix=128, n_crops=100, channels=(32, 32, 64, 64, 128))      # pixels, crops and layers are the papers'; the epochs stay ours
@@ -149,4 +157,4 @@ def full(data, out, kind, row):
 
 if __name__ == "__main__":
     if sys.argv[1] == "data": simulate_cine(sys.argv[2], tagged="both", seed=0, n_workers=1)
-    else: {"run": run, "start": start, "speed": speed, "keep": keep, "full": full}[sys.argv[1]](*sys.argv[2:])
+    else: {"run": run, "start": start, "sweep": sweep, "speed": speed, "keep": keep, "full": full}[sys.argv[1]](*sys.argv[2:])
