@@ -1,6 +1,5 @@
 """Sound and shape: published formants, linear prediction on the synthesised wave, silence, noise, pitch, bad input."""
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import pytest
@@ -168,17 +167,13 @@ def test_narrow_places_hiss_and_the_front_cavity_colours_the_hiss():
     assert db(fricative(3, narrow=0.0)) < db(s) - 40
 
 
-def test_level_seed_and_speed():
+def test_level_and_seed():
     area = np.repeat([1.0, 7.0], 16)
     a = say(area, 0.5, seed=1)
     assert a.dtype == torch.float32 and len(a) == 10000 and 0.1 < a.abs().max() < 1
     assert torch.equal(a, say(area, 0.5, seed=1)) and not torch.equal(a, say(area, 0.5, seed=2))
     loud = say(np.full(32, 12.0), 0.5, voice=Voice(pressure_cmh2o=40, gap_cm2=0.3))
     assert loud.abs().max() < 1 and len(say(area, 0.5, rate=16000)) == 8000
-    start = perf_counter()
-    for _ in range(4):
-        say(area, 0.5)
-    assert perf_counter() - start < 4        # 2 s of sound; about 0.3 s on a quiet core
 
 
 def test_lips_and_larynx_may_move():

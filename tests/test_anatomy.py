@@ -1,6 +1,5 @@
 "The picture of the virtual head: agreement of picture, labels, outlines and motion; speed; likeness to real films in numbers."
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -124,18 +123,6 @@ def test_coverage_is_area():
         q = p.roll(-1, 0)
         area = .5 * (p[:, 0] * q[:, 1] - p[:, 1] * q[:, 0]).sum().abs()
         if area > 60: assert abs(coverage(p[None], 44, 44).sum() / area - 1) < .03
-
-
-def test_speed(heads):
-    walk = torch.randn(83, 8, generator=torch.Generator().manual_seed(0)).cumsum(0) * .05
-    heads[0].render(walk[:2], 168)
-    t = min(_clock(lambda: heads[0].render(walk, 168)) for _ in range(3))
-    assert t / 83 < .04, f"{1000 * t / 83:.1f} ms per picture; about 2 to 7 on an idle core"        # a guard against a slip of a power of ten
-
-
-def _clock(f):
-    t = time.perf_counter(); f()
-    return time.perf_counter() - t
 
 
 def test_as_rough_as_real_films():
