@@ -112,6 +112,8 @@ BAD = {
     "sound that is none": ["recon", "{raw}", "--out", "{d}/o", "--audio", "{d}/text.h5"], "no cuda here": ["recon", "{raw}", "--out", "{d}/o", "--device", "tpu"],
     "empty movie": ["simulate", "{d}/s", "--video", "{d}/empty.mp4"], "text as movie": ["simulate", "{d}/s", "--video", "{d}/text.mp4"], "no movie": ["simulate", "{d}/s", "--video", "{d}/none.mp4"],
     "negative snr": ["simulate", "{d}/s", "--snr", "-1"], "unknown word": ["simulate", "{d}/s", "--speakers", "1", "--words", "xqzzt"], "arms that are not played": ["simulate", "{d}/s", "--video", "{movie}", "--play", "3,77"],
+    "arms of a cine movie": ["simulate", "{d}/s", "--cine", "--arms", "5"], "a real movie as cine": ["simulate", "{d}/s", "--tagged", "--video", "{movie}"], "cine without raw": ["simulate", "{d}/s", "--cine", "--no-raw"],
+    "repetitions of raw data": ["simulate", "{d}/s", "--repetitions", "2"], "speakers of a real movie": ["simulate", "{d}/s", "--video", "{movie}", "--speakers", "2"], "coils without raw data": ["simulate", "{d}/s", "--no-raw", "--coils", "3"],
     "a file as folder": ["simulate", "{d}/text.h5"], "folder without recordings": ["train", "fusion", "{d}/empty", "--out", "{d}/r"],
     "setting that is no number": ["train", "diffusion", "{d}/empty", "--out", "{d}/r", "--set", "lr=fast"],
     "folder without talks": ["train", "diffusion", "{d}/empty", "--out", "{d}/r"], "unknown row of the generator": ["train", "diffusion", "{data}", "--out", "{d}/r", "--row", "magic"],
@@ -188,6 +190,22 @@ def test_a_cine_movie_is_simulated_and_translated(tmp_path, root):
     assert main(["translate", str(movie), "--checkpoint", str(root/"checkpoints"/"translate-cine"), "--out", str(tmp_path/"x.wav")]) == 0
     wave, rate = soundfile.read(tmp_path/"x.wav")
     assert rate == 22050 and len(wave) > 0.8*rate and np.isfinite(wave).all() and (tmp_path/"x.png").exists() and (tmp_path/"x.json").exists()
+
+
+def test_options_of_cine_movies_reach_the_files(tmp_path):
+    for name, more in {"one": [], "two": ["--repetitions", "2"]}.items(): assert main(["simulate", str(tmp_path/name), "--cine", "--speakers", "1", "--words", "asouk", "--matrix", "32", "--snr", "5", "--workers", "1", *more]) == 0
+    one, two = (json.loads((tmp_path/name/"cine.json").read_text()) for name in ("one", "two"))
+    assert "'matrix': 32" in str(one) and "'snr': 5.0" in str(one) and "'repetitions': 1" in str(one) and "'repetitions': 2" in str(two)
+    from sirem_nb.data.movies import read_frames
+    a, b = (read_frames(tmp_path/name/"sub001"/"cine"/"sub001_asouk.h5")[0] for name in ("one", "two"))
+    assert a.shape[1:] == (32, 32) and not np.array_equal(a, b)
+
+
+def test_scanner_noise_on_the_sound_of_a_real_movie(tmp_path, movie, raw):
+    assert main(["simulate", str(tmp_path/"d"), "--video", str(movie), "--coils", "1", "--scanner-noise", "6"]) == 0
+    (quiet, _), (loud, _) = (soundfile.read(next(d.glob("sub001/2drt/audio/*.wav"))) for d in (raw.parents[3], tmp_path/"d"))
+    rest = loud/np.abs(loud).max() - quiet/np.abs(quiet).max()
+    assert len(loud) == len(quiet) and rest.std() > .1*quiet.std()
 
 
 def test_movies_without_raw_data(tmp_path, capsys):
