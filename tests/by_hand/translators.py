@@ -112,7 +112,8 @@ def scored(file, d, test, mels, waves):
 
 def keep(data, out):
     "The means of every run, each speaker's own l1 and corr2d, pictures of a few recordings."
-    path, records, runs, pictures, seen = OUT/"translators.json", [], [], {}, set()
+    path, records, runs, pictures = OUT/"translators.json", [], [], {}
+    seen = {r["seed"] for r in json.loads(path.read_text()) if r.get("run") == "controls"}            # the controls of these stand
     for here in sorted(p.parent for p in Path(out).glob("*/*/about.json")):
         a, name = json.loads((here/"about.json").read_text()), here.parent.name
         d = films_of(data, a["kind"]); z = np.load(here/"guess.npz"); test = z["test"].tolist()
