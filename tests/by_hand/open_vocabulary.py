@@ -3,7 +3,7 @@
     python tests/by_hand/open_vocabulary.py data DATA            # 24 virtual speakers say 49 words: about 8 minutes of one core
     python tests/by_hand/open_vocabulary.py read DATA RUN        # linear and small readings: a minute
     python tests/by_hand/open_vocabulary.py train DATA RUN ROW SEED [EPOCHS]    # ROW: keep-time, plain, ours
-    python tests/by_hand/open_vocabulary.py score DATA RUN [people=2] [METHOD ...]    # into results/open_vocabulary.json; with methods: only their part of the work; people: the sounds of so many
+    python tests/by_hand/open_vocabulary.py score DATA RUN [people=2] [METHOD ...]    # into results/open_vocabulary.json; with methods: only their part of the work, the sounds of every seed; people: the sounds of so many
     python tests/by_hand/open_vocabulary.py keep DATA RUN        # the same from what is scored so far; the rest gets spectrogram scores
     python tests/by_hand/open_vocabulary.py real DATA RUN MOVIES # a folder of .mp4 and .wav: rtMRI with sound
 
@@ -186,7 +186,7 @@ def score(data, run, *methods, finish=True):
             if file.exists(): mine = json.loads(file.read_text())["scores"]
             else:
                 begun, mine, fits = time.perf_counter(), [], []
-                sound = seed == 0 and finish             # else: spectrogram scores only
+                sound = finish and (seed == 0 or method in methods)            # else: spectrogram scores only
                 if sound: waves = to_wave(mel[:people*len(WORDS)].clamp(0, 1), method="griffin-lim-torch").numpy()
                 same = method == "mean-spectrogram"
                 for k, (p, i) in enumerate(zip(names, test.tolist())):

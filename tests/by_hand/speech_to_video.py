@@ -112,25 +112,26 @@ def timing(data, cache, model):
     keep("time", records, load=os.getloadavg()[0])
 
 
-def fvds(data, cache, model, n=64):
-    "FVD and LPIPS of films that `scores` left in the cache, unseen speech; equally many clips in every pile."
-    i3d, films, split = load_i3d(), np.load(Path(cache)/"films-unseen_speech.npz"), {"table": "diffusion", "split": "unseen_speech"}
-    load = lambda name: some(torch.from_numpy(np.load(Path(cache)/f"i3d-{name}.npy")), n) if (Path(cache)/f"i3d-{name}.npy").exists() else None
-    clips = {k: some(sc.clips_of(torch.from_numpy(films[k]).float()/255), n) for k in ("truth", "model", "other-audio", "mean-pose")}
-    out, lpips = [], load_lpips()
+def fvds(data, cache, model, n=32):
+    "FVD and LPIPS of unseen speech, every row; as many clips in every pile, enough for a stable number."
+    talks, split = world(data, cache)
+    us, i3d, lpips = sc.utterances(talks, split["unseen_speech"], int(n), SECONDS, "unseen_speech"), load_i3d(), load_lpips()
+    films, _ = sc.control_films(load_diffusion(model), us, seed=SEED, **MAKING)
+    clips = {k: some(sc.clips_of(v)) for k, v in films.items()}
+    common, out = {"table": "diffusion", "split": "unseen_speech"}, []
     for k, v in clips.items():
         if k == "truth": continue
         d = sc.clip_scores(v[::4], clips["truth"][::4], v[:1], 1., lpips)
-        out += [{**split, "method": k, "metric": m, "value": d[m].mean().item(), "n": len(d[m]), "unit": "1"} for m in ("lpips", "temporal_lpips")]
-    keep("lpips", out)
-    rows = {"training": load("training-again"), "truth": clip_features(clips["truth"], i3d, 1.), "model": clip_features(clips["model"], i3d, 1.)}
-    out = [{**split, "method": k, **fvd(load("training"), f, extractor=i3d), "against": "training", "frames": 10} for k, f in rows.items() if f is not None]
-    out.append({**split, "method": "model", **fvd(rows["truth"], rows["model"], extractor=i3d), "against": "truth", "frames": 10})
-    keep("fvd", out)
+        out += [{**common, "method": k, "metric": m, "value": d[m].mean().item(), "n": len(d[m]), "unit": "1"} for m in ("lpips", "temporal_lpips")]
+    keep("lpips", out, utterances=len(us)); print(*out, sep="\n", flush=True)
+    pile = {k: torch.from_numpy(np.load(Path(cache)/f"i3d-{k}.npy")) for k in ("training", "training-again")}
+    rows = {"training": pile["training-again"]} | {k: clip_features(v, i3d, 1.) for k, v in clips.items()}
+    out = [{**common, "method": k, **fvd(real, f, extractor=i3d), "against": name, "frames": 10} for name, real in (("training", pile["training"]), ("truth", rows["truth"])) for k, f in rows.items() if name == "training" or k not in ("training", "truth")]
+    keep("fvd", out, utterances=len(us), recordings=len({u.name for u in us}))
     for r in out: print(r["method"], r["against"], round(r["value"], 1), r["n_made"], r["note"])
 
 
-def curves(data, cache, model, n=8):
+def curves(data, cache, model, n=12):
     talks, split = world(data, cache)
     net, reader, others = load_diffusion(model), sc.reader_of(TRACKER), sc.training_clips(talks, split["train"], PILE)
     us, base = sc.utterances(talks, split["unseen_speech"], n, SECONDS, "unseen_speech"), {k: v for k, v in MAKING.items() if k not in ("steps", "solver", "last_sigma", "guidance_scale")}
