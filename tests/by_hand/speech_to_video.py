@@ -131,7 +131,7 @@ def fvds(data, cache, model, n=32):
     for r in out: print(r["method"], r["against"], round(r["value"], 1), r["n_made"], r["note"])
 
 
-def curves(data, cache, model, n=12):
+def curves(data, cache, model, n=24):
     talks, split = world(data, cache)
     net, reader, others = load_diffusion(model), sc.reader_of(TRACKER), sc.training_clips(talks, split["train"], PILE)
     us, base = sc.utterances(talks, split["unseen_speech"], n, SECONDS, "unseen_speech"), {k: v for k, v in MAKING.items() if k not in ("steps", "solver", "last_sigma", "guidance_scale")}
