@@ -421,7 +421,7 @@ def history_md(
     of="ratio",      # or "ms_per_frame"
 ):                   # str of Markdown
     "One column a run, newest last."
-    head = [f"{r['date']} {r['commit'] or ''}, {r['threads']} threads" + (f", load {r['load']}" if r["load"] else "") for r in runs]
+    head = [f"{r['date']} {r['commit'] or ''}, {r['cpu']}, {r['threads']} threads" + (f", load {r['load']}" if r["load"] else "") for r in runs]
     rows = dict.fromkeys(k for r in runs for k in r[of])
     cell = lambda r, k: f"{r[of][k]:.3g}" if k in r[of] else ""
     return "\n".join(["| | " + " | ".join(head) + " |", "|---|" + "---|" * len(runs)] + [f"| {k} | " + " | ".join(cell(r, k) for r in runs) + " |" for k in rows])
