@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'train_app', 'Seed', 'Device', 'Workers', 'Spread', 'Scheduler', 'Raw', 'Data', 'BOTH', 'USED', 'download_app',
-           'RECON_METHODS', 'TABLES', 'weights_app', 'numbers', 'positive', 'one_of', 'pick_device', 'main', 'simulate',
-           'used', 'info', 'download_usc75', 'splits', 'recon', 'features', 'fusion', 'translate', 'assignments',
-           'meet', 'leave', 'translate_movie', 'diffusion', 'generate', 'kind_of_run', 'tables_of', 'evaluate', 'said',
-           'tune', 'bench', 'weights_list', 'weights_fetch', 'weights_from_file', 'demo']
+           'RECON_METHODS', 'TABLES', 'MATTERS', 'weights_app', 'numbers', 'positive', 'one_of', 'pick_device', 'main',
+           'simulate', 'used', 'info', 'download_usc75', 'splits', 'recon', 'features', 'fusion', 'translate',
+           'assignments', 'meet', 'leave', 'translate_movie', 'diffusion', 'generate', 'kind_of_run', 'tables_of',
+           'for_tables', 'evaluate', 'said', 'tune', 'bench', 'weights_list', 'weights_fetch', 'weights_from_file',
+           'demo']
 
 # %% ../nbs/90_use/91_cli.ipynb #4b4faece
 import inspect, json, os, sys, time
@@ -469,6 +470,15 @@ def tables_of(
         raise ValueError(f"the table {t} needs --run: a folder that sirem train {maker} wrote" + (f"; {run} is a run of sirem train {kind}" if kind else ""))
     return todo
 
+
+MATTERS = {"part": ("fusion", "paper", "translate"), "arms_per_frame": ("paper",), "methods": ("paper",), "targets": ("paper",), "max_frames": ("fusion", "paper", "left-out"), "recogniser": ("translate",), "utterances": ("diffusion", "drift")}
+
+def for_tables(given, todo):
+    "Refuse an option that none of the tables would use."
+    defaults = {k: p.default for k, p in inspect.signature(evaluate).parameters.items()}
+    for k, those in MATTERS.items():
+        if given[k] != defaults[k] and not set(those) & set(todo): raise ValueError(f"--{k.replace('_', '-')} does nothing for the table {', '.join(todo)}: it goes with {', '.join(those)}")
+
 # %% ../nbs/90_use/91_cli.ipynb #b0332453
 @app.command(epilog="Example: sirem evaluate data --run run --out tables")
 def evaluate(
@@ -487,7 +497,7 @@ def evaluate(
 ):
     "The tables: every method, its ablations and controls."
     one_of(part, ("train", "val", "test"), "--part"); positive(max_frames, "--max-frames"); positive(arms_per_frame, "--arms-per-frame")
-    positive(utterances, "--utterances"); todo = tables_of(run, tables)
+    positive(utterances, "--utterances"); todo = tables_of(run, tables); for_tables(locals(), todo)
     if "fusion" in todo: _fusion_tables(data, run, out, part, cache, max_frames)
     if "paper" in todo: _paper_tables(data, run, out, part, arms_per_frame, methods, targets, cache, max_frames)
     if "left-out" in todo: _left_out_table(data, run, out, cache, max_frames, seed)

@@ -117,6 +117,7 @@ BAD = {
     "a file as folder": ["simulate", "{d}/text.h5"], "folder without recordings": ["train", "fusion", "{d}/empty", "--out", "{d}/r"],
     "setting that is no number": ["train", "diffusion", "{d}/empty", "--out", "{d}/r", "--set", "lr=fast"],
     "folder without talks": ["train", "diffusion", "{d}/empty", "--out", "{d}/r"], "unknown row of the generator": ["train", "diffusion", "{data}", "--out", "{d}/r", "--row", "magic"],
+    "utterances of the paper's table": ["evaluate", "{data}", "--out", "{d}/t", "--utterances", "3"], "a recogniser for pictures": ["evaluate", "{data}", "--out", "{d}/t", "--recogniser"], "methods of arms left out": ["evaluate", "{data}", "--out", "{d}/t", "--tables", "left-out", "--methods", "tv"],
     "translator's table of a folder without a run": ["evaluate", "{data}", "--run", "{d}/empty", "--out", "{d}/t", "--tables", "translate"], "translator's table without a run": ["evaluate", "{data}", "--out", "{d}/t", "--tables", "translate"],
     "split that overlaps": ["train", "fusion", "{data}", "--out", "{d}/r", "--split", "{d}/split.json"], "unknown encoder": ["train", "fusion", "{data}", "--out", "{d}/r", "--encoder", "magic"],
     "run that is none": ["evaluate", "{data}", "--run", "{d}/empty", "--out", "{d}/t"], "too few speakers": ["demo", "--out", "{d}/demo", "--speakers", "2"],
