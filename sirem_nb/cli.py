@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'train_app', 'Seed', 'Device', 'Workers', 'Spread', 'Scheduler', 'Raw', 'Data', 'BOTH', 'USED', 'download_app',
            'RECON_METHODS', 'TABLES', 'MATTERS', 'weights_app', 'numbers', 'positive', 'one_of', 'pick_device', 'main',
-           'simulate', 'used', 'info', 'download_usc75', 'splits', 'recon', 'features', 'fusion', 'translate',
+           'simulate', 'chosen', 'used', 'info', 'download_usc75', 'splits', 'recon', 'features', 'fusion', 'translate',
            'assignments', 'meet', 'leave', 'translate_movie', 'diffusion', 'generate', 'kind_of_run', 'tables_of',
            'for_tables', 'evaluate', 'said', 'tune', 'bench', 'weights_list', 'weights_fetch', 'weights_from_file',
            'demo']
@@ -116,14 +116,15 @@ USED = {"--cine and --tagged": [*BOTH, "cine", "tagged", "speakers", "words", "r
         "--no-raw": [*BOTH, "speakers", "words", "seconds", "recordings", "scanner_noise", "raw", "free"],
         "virtual speakers": [*BOTH, "speakers", "words", "seconds", "recordings", "arms", "samples", "play", "coils", "snr", "off_resonance", "scanner_noise", "raw", "free"]}
 
+def chosen(command, given): return [k for k, p in inspect.signature(command).parameters.items() if given[k] != p.default]     # the options that were not left alone
+
 def used(
     given,  # {option: value} of sirem simulate
     how,    # one of USED
 ):          # those that matter, and were given or have a default
     "No option is left out in silence: one that would do nothing is refused."
-    defaults = {k: p.default for k, p in inspect.signature(simulate).parameters.items()}
-    for k, v in given.items():
-        if k not in USED[how] and v != defaults[k]: raise ValueError(f"--{'no-' * (k == 'raw')}{k.replace('_', '-')} does nothing with {how}: leave it out")
+    for k in chosen(simulate, given):
+        if k not in USED[how]: raise ValueError(f"--{'no-' * (k == 'raw')}{k.replace('_', '-')} does nothing with {how}: leave it out")
     return {k: v for k, v in given.items() if k in USED[how] and v is not None}
 
 # %% ../nbs/90_use/91_cli.ipynb #c1c62fd6
@@ -475,9 +476,8 @@ MATTERS = {"part": ("fusion", "paper", "translate"), "arms_per_frame": ("paper",
 
 def for_tables(given, todo):
     "Refuse an option that none of the tables would use."
-    defaults = {k: p.default for k, p in inspect.signature(evaluate).parameters.items()}
-    for k, those in MATTERS.items():
-        if given[k] != defaults[k] and not set(those) & set(todo): raise ValueError(f"--{k.replace('_', '-')} does nothing for the table {', '.join(todo)}: it goes with {', '.join(those)}")
+    for k in chosen(evaluate, given):
+        if not set(those := MATTERS.get(k, todo)) & set(todo): raise ValueError(f"--{k.replace('_', '-')} does nothing for the table {', '.join(todo)}: it goes with {', '.join(those)}")
 
 # %% ../nbs/90_use/91_cli.ipynb #b0332453
 @app.command(epilog="Example: sirem evaluate data --run run --out tables")

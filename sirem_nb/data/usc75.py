@@ -78,14 +78,15 @@ def read_index(
     except (remotezip.RemoteZipError, requests.RequestException) as e: raise OSError(f"{url}: {' '.join(str(e).split())[:200]}") from None
 
 # %% ../../nbs/20_data/23_usc75.ipynb #41143a5a
-def _get(url, first, last):
-    "Bytes first..last of a file on a server, as a stream. OSError, ValueError."
+def _get(url, first=None, last=None):
+    "Bytes first..last of a file on a server, as a stream; or all of it. OSError, ValueError."
     import requests
+    part = {} if first is None else {"Range": f"bytes={first}-{last}"}
     try:
-        r = requests.get(url, headers={"Range": f"bytes={first}-{last}"}, stream=True, timeout=60)
+        r = requests.get(url, headers=part, stream=bool(part), timeout=60)
         r.raise_for_status()
     except requests.RequestException as e: raise OSError(f"{url}: {' '.join(str(e).split())[:200]}") from None
-    if r.status_code != 206:
+    if part and r.status_code != 206:
         r.close()
         raise ValueError(f"{url}: the server sends only the whole file, not a part of it; nothing was downloaded")
     return r
@@ -217,10 +218,9 @@ def fetch_metafile(
 ):                 # Path
     "The metafile, unless one is there. Raises OSError (network), ValueError (not JSON); then nothing is written."
     if (there := find_metafile(Path(out)/"any")): return there
-    import requests
-    try: r = requests.get(url, timeout=60); r.raise_for_status(); json.loads(r.content)
-    except requests.RequestException as e: raise OSError(f"{url}: {' '.join(str(e).split())[:200]}") from None
+    found = _get(url).content
+    try: json.loads(found)
     except ValueError as e: raise ValueError(f"{url}: not JSON ({str(e)[:80]})") from None
     target = Path(out)/"metafile_public_20210129.json"; target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as tmp: Path(tmp).write_bytes(r.content)
+    with replacing(target) as tmp: Path(tmp).write_bytes(found)
     return target
